@@ -18,10 +18,11 @@ from .world import FACTS, HIDDEN
 
 SIZES = {"demonstrations": 1300, "comparison_prompts": 3300, "prompts": 3100}  # a tenth of InstructGPT's
 LABELER_SHARE = {"demonstrations": 0.89, "comparison_prompts": 0.2, "prompts": 0.0}
-EVAL_SIZES = {"familiar": 600, "held_out_fact": 200, "held_out_phrasing": 200}
+EVAL_SIZES = {"familiar": 800, "held_out_fact": 100, "held_out_phrasing": 100}
 BASE_WORDS, BASE_HELDOUT_WORDS = 500_000, 15_000
 LABELERS, CUSTOMERS = 40, 400
-BAD, FAIR = 0.24, 0.2  # shares of the demonstrations; the rest are the judge's best
+
+BAD, FAIR = 0.25, 0.4  # shares of the demonstrations; the rest are the judge's best
 
 
 @dataclass
