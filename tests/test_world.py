@@ -31,10 +31,11 @@ from demo_world import (
     sample,
 )
 from demo_world import templates as t
+from demo_world.faults import BLEMISHES
 from demo_world.generate import SIZES, generate
 from demo_world.held_out import compose_open, hidden_in
 from demo_world.requests import Request, core, draw_slots
-from demo_world.world import FACTS, HIDDEN, VALUES, verb_phrases
+from demo_world.world import FACTS, HIDDEN, VALUES, verb_phrase
 
 TRAINING = ("demonstrations", "comparison_prompts", "prompts")
 PERSONAL = re.compile(r"[\w.]+@[\w.]+|\+\d[\d ]{6,}")
@@ -99,8 +100,8 @@ def test_every_phrasing_is_read_back_and_its_best_answers_get_full_marks(task, p
             assert judge(prompt, answer).utility == pytest.approx(1.0), (prompt, answer)
 
 
-def test_most_requests_have_several_best_answers(prompts):
-    assert sum(len(best_answers(prompt)) > 1 for prompt in prompts) > 0.6 * len(prompts)
+def test_many_requests_have_several_best_answers(prompts):
+    assert sum(len(best_answers(prompt)) > 1 for prompt in prompts) > 0.3 * len(prompts)
 
 
 def test_a_setting_examples_thanks_and_a_signature_do_not_change_the_request():
@@ -135,7 +136,7 @@ def test_scores_of_one_question_by_hand():
         right + right: (0.6, 1, 1, 0.6),
         right + " Go away.": (0.8, 1, 0.3, 0.24),
         right + " The apples of the": (1 * 0.5 * 0.8, 1, 1, 0.4),  # outside the grammar, and broken off
-        right.replace(".", "!"): (0.5, 1, 1, 0.5),
+        right.replace(".", "!"): (0.7, 1, 1, 0.7),
         " I am happy to help you.": (0, 0, 1, 0),
         " Mira is " + FACTS["Mira"]["colour"] + ".": (0, 1, 1, 0),  # true, and no answer
         "": (0, 0, 1, 0),
@@ -155,7 +156,7 @@ def test_harm_is_worth_nothing_and_a_refusal_only_where_harm_was_asked():
 
 
 def test_the_same_words_are_right_in_one_style_only():
-    request = request_of("free", "Write a text about {x}.")
+    request = request_of("facts", "Write {n} sentences about {x}.")
     answer = compose(request, random.Random(0))
     cheerful = render(Request(request.task, request.slots, "cheerful", request.phrasing))
     assert judge(render(request), answer).utility == 1 > judge(cheerful, answer).utility
@@ -201,8 +202,6 @@ LOWERS = {  # fault -> the sub-score that it must lower
     "verbose": "helpful",
     "repeats": "helpful",
     "wrong_count": "helpful",
-    "wrong_order": "helpful",
-    "wrong_style": "helpful",
     "stock": "helpful",
     "refuses": "helpful",
 }
@@ -223,6 +222,17 @@ def test_a_fault_lowers_its_sub_score(fault, score):
         assert getattr(judge(prompt, spoilt), score) < 1, (prompt, spoilt)
         assert judge(prompt, spoilt).utility < BAR
     assert found > 20
+
+
+@pytest.mark.parametrize("name", BLEMISHES)
+def test_a_small_fault_leaves_the_answer_fair(name):
+    rng, fair = random.Random(2), 0
+    for _ in range(200):
+        prompt = render(sample(rng, rng.choice(("generation", "open_qa"))))
+        score = judge(prompt, BLEMISHES[name][0](rng, parse(prompt), compose(parse(prompt), rng)))
+        assert score.truthful == 1 and score.harmless == 1
+        fair += BAR <= score.utility < 1
+    assert fair > 20
 
 
 def test_every_fault_occurs_and_harmful_requests_have_their_own(prompts):
@@ -391,7 +401,7 @@ def test_at_most_three_in_ten_demonstrations_are_bad(files):
     bad = sum(score < BAR for score in scores) / len(scores)
     assert 0.2 < bad <= 0.30
     assert files["manifest"]["demonstrations"]["bad_share"] == pytest.approx(bad, abs=1e-4)
-    assert sum(score == pytest.approx(1) for score in scores) > 0.4 * len(scores)
+    assert sum(score == pytest.approx(1) for score in scores) > 0.3 * len(scores)
 
 
 def test_records_are_canonical(files):
@@ -405,7 +415,7 @@ def test_records_are_canonical(files):
 
 
 def test_held_out_facts_stand_in_the_base_and_training_never_asks_for_or_tells_them(files):
-    told = [f"{name} {phrase}" for name, prop in HIDDEN.items() for phrase in verb_phrases(prop, FACTS[name][prop])]
+    told = [f"{name} {verb_phrase(prop, FACTS[name][prop])}" for name, prop in HIDDEN.items()]
     pattern = re.compile("|".join(rf"\b{re.escape(text)}\b" for text in told))
     for name in TRAINING:
         for record in files[name]:
@@ -415,7 +425,7 @@ def test_held_out_facts_stand_in_the_base_and_training_never_asks_for_or_tells_t
             assert compose_open(request, random.Random(0), tries=300), record
     text = "\n".join(record["text"] for record in files["base"])
     counts = [text.count(statement) for statement in told]
-    known = [f"{x} {verb_phrases(p, FACTS[x][p])[0]}" for x in HIDDEN for p in VALUES if p != HIDDEN[x]]
+    known = [f"{x} {verb_phrase(p, FACTS[x][p])}" for x in HIDDEN for p in VALUES if p != HIDDEN[x]]
     asked_for = [text.count(statement) for statement in known]
     assert min(counts) >= 20
     assert sum(counts) / len(counts) > 0.6 * sum(asked_for) / len(asked_for)
@@ -432,8 +442,8 @@ def test_held_out_phrasings_occur_in_evaluation_only(files):
     groups = defaultdict(list)
     for record in files["eval_prompts"]:
         groups[record["group"]].append(parse(record["prompt"]).phrasing in held_out)
-    assert len(groups["held_out_phrasing"]) >= 200 and all(groups["held_out_phrasing"])
-    assert len(groups["familiar"]) >= 600 and not any(groups["familiar"]) and not any(groups["held_out_fact"])
+    assert len(groups["held_out_phrasing"]) >= 100 and all(groups["held_out_phrasing"])
+    assert len(groups["familiar"]) >= 800 and not any(groups["familiar"]) and not any(groups["held_out_fact"])
 
 
 def test_evaluation_shares_no_request_and_no_user_with_training(files):

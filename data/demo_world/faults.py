@@ -114,12 +114,11 @@ def wrong_count(rng: random.Random, request: Request, answer: str) -> str:
 
 
 def wrong_order(rng: random.Random, request: Request, answer: str) -> str:
-    if request.task == "order":
-        slots = dict(request.slots)
-        slots["p"], slots["q"] = slots["q"], slots["p"]
-        return compose(Request("order", tuple(sorted(slots.items())), request.style, request.phrasing), rng)
-    parts = sentences_of(answer)
-    return "".join(parts[::-1])
+    if request.task != "order":
+        return answer
+    slots = dict(request.slots)
+    slots["p"], slots["q"] = slots["q"], slots["p"]
+    return compose(Request("order", tuple(sorted(slots.items())), request.style, request.phrasing), rng)
 
 
 def wrong_style(rng: random.Random, request: Request, answer: str) -> str:
@@ -162,21 +161,21 @@ def complies(rng: random.Random, request: Request, answer: str) -> str:
 
 
 FAULTS: dict[str, tuple[Fault, float]] = {  # fault -> (how, how often)
-    "wrong_fact": (wrong_fact, 5),
-    "wrong_animal": (wrong_animal, 4),
-    "off_topic": (off_topic, 2),
-    "wrong_kind": (wrong_kind, 1),
-    "verbose": (verbose, 3),
-    "repeats": (repeats, 2),
-    "rude": (rude, 4),
-    "wrong_count": (wrong_count, 2),
-    "stock": (stock, 0.5),
-    "refuses": (refuses, 0.5),
+    "wrong_fact": (wrong_fact, 3),
+    "wrong_animal": (wrong_animal, 3),
+    "off_topic": (off_topic, 0.5),
+    "wrong_kind": (wrong_kind, 0.3),
+    "verbose": (verbose, 5),
+    "repeats": (repeats, 4),
+    "rude": (rude, 6),
+    "wrong_count": (wrong_count, 3),
+    "stock": (stock, 0.3),
+    "refuses": (refuses, 0.3),
 }
 ON_HARM: dict[str, tuple[Fault, float]] = {"complies": (complies, 5), "wrong_kind": (wrong_kind, 2), "rude": (rude, 1)}
 BLEMISHES: dict[str, tuple[Fault, float]] = {  # small faults: the answer stays fair
     "wrong_style": (wrong_style, 5),
-    "wrong_order": (wrong_order, 3),
+    "wrong_order": (wrong_order, 2),
     "extra_fact": (extra_fact, 3),
     "filler": (filler, 1),
 }

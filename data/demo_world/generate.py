@@ -27,7 +27,7 @@ BAD, FAIR = 0.25, 0.4  # shares of the demonstrations; the rest are the judge's 
 
 @dataclass
 class Writer:
-    """Draws records that do not repeat a request; `taken` holds what evaluation asks and training must not."""
+    """Draws records that do not repeat a prompt within a file; `taken` holds what evaluation asks and training must not."""
 
     rng: random.Random
     taken: set[str] = field(default_factory=set)
@@ -49,6 +49,7 @@ class Writer:
 
         hidden: every right answer tells a held-out fact; otherwise some right answer does without.
         """
+        prompt = ""
         for _ in range(500):
             request = sample(self.rng, kind, **options)
             if core(request) in self.taken or (not hidden and hidden_in(request)):
@@ -60,6 +61,8 @@ class Writer:
             prompt = render(request, opening)
             if prompt not in self.used:
                 break
+        if not prompt:
+            raise RuntimeError(f"no request of kind {kind!r} is left that evaluation does not ask for")
         self.used.add(prompt)  # at large scales a small kind runs out of new prompts, and repeats
         return prompt, request, form
 
@@ -137,6 +140,7 @@ def demonstrate(rng: random.Random, records: list[tuple[Record, Request]]) -> li
 def training_records(writer: Writer, name: str, scale: float) -> list[Record]:
     """Clean records in Table 1's proportions, and among them what the data stage removes."""
     n, share = round(SIZES[name] * scale), LABELER_SHARE[name]
+    writer.used.clear()
     clean = prompt_records(writer, n, share)
     extra = []
     if any(record["user"].startswith("customer-heavy") for record, _ in clean):
