@@ -17,6 +17,7 @@ from rlhf.registry import Registry
 
 from .answers import best_answers
 from .judge import Score, judge, permuted
+from .labelers import STEPS
 
 PARTS = ("helpful", "truthful", "harmless", "utility")
 RM_PROMPTS = 300  # held-out prompts whose sampled answers the reward model is asked to order
@@ -139,7 +140,8 @@ def reward_model_figures(demo: Any, rm: Any, sft: Any, records: Sequence[dict]) 
 
 
 def true_ranks(prompt: str, completions: Sequence[str]) -> list[int]:
-    values = [round(judge(prompt, c).utility, 6) for c in completions]
+    """Ranks by the judge's utility, on the seven steps that labelers rate with: what lies on one step is tied."""
+    values = [round((STEPS - 1) * judge(prompt, c).utility) for c in completions]
     order = sorted(set(values), reverse=True)
     return [order.index(v) + 1 for v in values]
 

@@ -100,7 +100,6 @@ def load_scalar_model(
     with _loading(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, num_labels=1)
         _set_dropout(config, 0.0, everywhere=True)
-        _set_dropout(config, float(__import__('os').environ.get('RMDROP','0')) if new_head else 0.0)  # XXX
         model, info = AutoModelForSequenceClassification.from_pretrained(
             path,
             config=config,
