@@ -371,8 +371,8 @@ class PPO:
             if real:
                 largest = float(objectives.ratio_max(logp, old, mask))
                 sums["policy/ratio_max"] = max(sums.get("policy/ratio_max", 0.0), largest)
-            for name, value in zip(parts, torch.stack([part.double() for part in parts.values()]).tolist()):
-                sums[name] = sums.get(name, 0.0) + value
+            for name, figure in zip(parts, torch.stack([part.double() for part in parts.values()]).tolist()):
+                sums[name] = sums.get(name, 0.0) + figure
         return (policy + args.vf_coef * value) * self.accelerator.num_processes
 
     def pretraining_objective(self, text: Tensor, count: int, sums: dict[str, float]) -> Tensor:
