@@ -182,9 +182,9 @@ def test_the_gradient_in_bfloat16_points_where_that_in_float32_does(tmp_path, ar
     low, found, advantages, returns, _ = gradient_of_update(ppo_args(tmp_path, **FAST))
     trainer = trainer_of(ppo_args(tmp_path))
     full = {}
-    trainer.clip_gradients = lambda: full.update(
-        {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
-    ) or {}
+    trainer.clip_gradients = lambda: (
+        full.update({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}) or {}
+    )
     trainer.update(found, advantages, returns, torch.arange(4))
     assert low.keys() == full.keys()
     for part in ("policy.", "critic."):
@@ -253,7 +253,8 @@ def test_recorded_steps_give_the_answers_of_the_cpu(tokenizer, opt_tokenizer, mo
     assert not recorded
     policy = case.policy.cuda()
     assert generate(policy, case.prompts, draws, **given) == expected
-    assert len(recorded) > 1 and recorded == sorted(recorded, reverse=True)  # anew each time that half of them has ended
+    # Anew each time that half of them has ended.
+    assert len(recorded) > 1 and recorded == sorted(recorded, reverse=True)
     assert generate_in_place(policy, case.prompts, draws, **given) == expected
 
 
@@ -267,8 +268,10 @@ def test_under_autocast_decoding_sees_what_the_update_sees(tokenizer, opt_tokeni
     with torch.autocast("cuda", dtype=torch.bfloat16):
         decoder = Decoder(policy, ids, mask, 12)
         seen = [decoder.logits.clone(), *(decoder.step(token.cuda()).clone() for token in answers.T[:-1])]
-        rows = join(*pad(case.prompts, pad_id, side="left"), answers, torch.ones_like(answers, dtype=torch.bool), pad_id)
-        full = rows.fill(response_logp(policy, rows := rows.to("cuda"), 1.0, case.banned.cuda()).cpu())
+        rows = join(
+            *pad(case.prompts, pad_id, side="left"), answers, torch.ones_like(answers, dtype=torch.bool), pad_id
+        )
+        full = rows.fill(response_logp(policy, rows.to("cuda"), 1.0, case.banned.cuda()).cpu())
     assert decoder.graph is not None
     logits = torch.stack(seen, dim=1).index_fill(-1, case.banned.cuda(), float("-inf"))
     assert logits.dtype == torch.float32

@@ -71,7 +71,15 @@ def test_under_autocast_a_policy_takes_this_way_and_in_float32_the_other(checkpo
     ids = torch.randint(8, 200, (3, 9), generator=torch.Generator().manual_seed(0))
     where = torch.zeros(3, 9, dtype=torch.bool)
     where[:, 2:-1] = True
-    given = (policy, ids, torch.ones_like(ids), where, ids[:, 3:].flatten(), 0.8, torch.tensor([tokenizer.pad_token_id]))
+    given = (
+        policy,
+        ids,
+        torch.ones_like(ids),
+        where,
+        ids[:, 3:].flatten(),
+        0.8,
+        torch.tensor([tokenizer.pad_token_id]),
+    )
     full = logprobs_at(*given)
     assert not calls
     with torch.autocast("cpu", dtype=torch.bfloat16):

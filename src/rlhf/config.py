@@ -90,7 +90,9 @@ class StageArgs:
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass: less memory, about 30 % more time"
     )
-    torch_compile: bool = option(False, "compile the transformer layers with torch.compile; pays off on long runs on a GPU")
+    torch_compile: bool = option(
+        False, "compile the transformer layers with torch.compile; pays off on long runs on a GPU"
+    )
     logging_steps: int = option(10, "optimiser steps between two lines of metrics", ge=1)
     save_steps: int | None = option(None, "optimiser steps between two training checkpoints; default: none", ge=1)
     save_total_limit: int = option(2, "training checkpoints to keep", ge=1)

@@ -1,7 +1,7 @@
 """One token at a time on a GPU: keys and values in tensors of their final size, and each step replayed as one CUDA graph.
 
 A step of a small model is some hundred kernels of a few microseconds each: launched one by one from Python they take several
-times as long as they run. With nothing that grows a step is the same work at each token, so that it is recorded once and replayed.
+times as long as they run. With nothing that grows a step is the same work at each token: it is recorded once and replayed.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Preallocated(DynamicLayer):
             self.is_initialized, self.length = True, key_states.shape[-2]
             self.keys, self.values = (self._allocate(states) for states in (key_states, value_states))
             return key_states, value_states
+        assert self.keys is not None and self.values is not None
         self.keys.index_copy_(2, self.column, key_states)
         self.values.index_copy_(2, self.column, value_states)
         return self.keys, self.values
@@ -41,6 +42,11 @@ class Preallocated(DynamicLayer):
         buffer = states.new_zeros(*states.shape[:2], self.width, states.shape[-1])
         buffer[:, :, : self.length] = states
         return buffer
+
+    def select(self, rows: Tensor) -> None:
+        """Goes on with some of the sequences."""
+        assert self.keys is not None and self.values is not None
+        self.keys, self.values = self.keys[rows], self.values[rows]
 
     def get_seq_length(self, *args: Any) -> int:
         return self.length
@@ -71,7 +77,8 @@ class Decoder:
         width += -width % MULTIPLE
         self.column = torch.full((1,), ids.shape[1], device=ids.device)
         count = len(DynamicCache(config=policy.config).layers)
-        self.cache = Cache(layers=[Preallocated(width, self.column) for _ in range(count)])
+        self.layers = [Preallocated(width, self.column) for _ in range(count)]
+        self.cache = Cache(layers=list(self.layers))
         self.visible = torch.zeros(len(ids), width, dtype=torch.bool, device=ids.device)
         self.visible[:, : ids.shape[1]] = mask
         self.position = mask.sum(dim=1, keepdim=True)
@@ -100,8 +107,8 @@ class Decoder:
         """Goes on with some of the sequences [n]; the next step is recorded anew."""
         self.graph = None
         self.visible, self.position, self.token = self.visible[rows], self.position[rows], self.token[rows]
-        for layer in self.cache.layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        for layer in self.layers:
+            layer.select(rows)
 
     def _once(self) -> Tensor:
         visible = self.visible[:, None, None, :]

@@ -174,8 +174,15 @@ def generate(
     """
     device = policy.device
     if device.type == "cuda" and can_preallocate(policy):
-        ends = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id, "banned": banned}
-        return generate_in_place(policy, prompts, draws, temperature=temperature, **ends)
+        return generate_in_place(
+            policy,
+            prompts,
+            draws,
+            temperature=temperature,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            banned=banned,
+        )
     ids, mask = (tensor.to(device) for tensor in pad(prompts, pad_token_id, side="left"))
     draws, banned = draws.to(device), banned.to(device)
     responses: list[list[int]] = [[] for _ in prompts]

@@ -76,7 +76,9 @@ class _LogProbs(torch.autograd.Function):
     """z = h Wᵀ / temperature; logp = z[token] - logsumexp z; d logp / d z = onehot(token) - softmax z."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, banned: Tensor, dtype: Any):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, banned: Tensor, dtype: Any
+    ):
         ctx.temperature, ctx.dtype = temperature, dtype
         low, out = lowered(weight, dtype), _outside(banned, len(weight))
         logp = torch.empty(len(hidden), device=hidden.device)
