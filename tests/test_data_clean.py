@@ -324,6 +324,41 @@ def test_heavy_users_of_the_demo_world_are_capped(world, tmp_path):
     assert report.removed["prompts a user"].total() == before.total() - after.total() > 0
 
 
+def test_the_demo_world_s_files_are_cleaned_in_one_call(world, tmp_path):
+    names = {"demonstrations": 260, "comparison_prompts": 660, "prompts": 620}
+    paths = [world / f"{name}.jsonl" for name in names]
+    reports = clean.clean_files(paths, tmp_path / "out", evaluation=[world / "eval_prompts.jsonl"])
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{name}.jsonl" for name in names}
+    for name, count in names.items():
+        raw, kept = lines(world / f"{name}.jsonl"), lines(tmp_path / "out" / f"{name}.jsonl")
+        assert len(kept) == count and reports[name].read == len(raw)
+        steps = reports[name].steps
+        assert steps[-1]["kept"] == count and steps[0]["kept"] == len(raw) - steps[0]["removed"]
+        prompts = iter(record["prompt"] for record in raw)
+        assert all(record["prompt"] in prompts for record in kept)  # in their order
+        examples = [step["example"] for step in steps if step["removed"]]
+        assert len(examples) == 2 and all(len(found["text"]) <= clean.EXAMPLE + 2 for found in examples)
+        assert "@" not in str(examples) and "555" not in str(examples)
+    removed = sum(report.read for report in reports.values()) - 1540
+    assert clean.summary(reports).startswith(f"removed {removed} of {removed + 1540:,} records: ")
+
+
+def test_cleaning_files_replaces_all_of_them_or_none(write, tmp_path):
+    good, bad = write([{"prompt": "Where?"}], "a.jsonl"), write([{"prompt": "Who?"}, {"prompt": ""}], "b.jsonl")
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match=r"b.jsonl:2: field 'prompt' is empty"):
+        clean.clean_files([good, bad], out)
+    assert list(out.iterdir()) == []
+    clean.clean_files([good], out)
+    assert [path.name for path in out.iterdir()] == ["a.jsonl"]
+    with pytest.raises(DataError, match="overwrite"):
+        clean.clean_files([good], tmp_path)
+    leaked = write([{"prompt": "Where?"}, {"prompt": "When?"}], "a.jsonl.2.jsonl")
+    report = clean.clean_files([leaked], out, evaluation=[good])["a.jsonl.2"]
+    assert report.steps[-1]["example"] == {"place": f"{leaked}:1", "reason": "same", "text": "Where?"}
+    assert clean.summary({"": report}) == "removed 1 of 2 records: 1 that evaluation asks"
+
+
 # ---- commands
 
 

@@ -14,9 +14,9 @@ import unicodedata
 import zlib
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,14 @@ WAITING = ".waiting"  # training records, until all prompts of evaluation are kn
 LONG_PREFIX, LONG_SHARE = 200, 0.9  # characters that two long prompts share, and how much of the longer they are
 SUCCESSORS = 64  # kept prompts looked at that begin with a whole new one
 SHINGLE = 3  # words
+EXAMPLE = 160  # characters of a removed prompt that a report shows
 ROLE_MARK = re.compile(r"\n\W{0,9}\w[\w; ]{0,20}:\s{0,9}\Z")  # a last line like "Assistant:" or "### Response:"
+WORDS = {  # what a step removes, for people
+    "length": "over the length limit",
+    "personal data": "with personal data",
+    "prompts a user": "beyond a user's share",
+    "leakage": "that evaluation asks",
+}
 WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -385,6 +392,35 @@ class Report:
     masked: int = 0
     skipped: int = 0
     splits: dict[str, dict[str, Any]] = field(default_factory=dict)
+    examples: dict[str, dict[str, str]] = field(default_factory=dict)  # the first record that a step removed
+
+    def remove(self, step: str, reason: str, place: str, record: Record) -> None:
+        self.removed[step][reason] += 1
+        if step not in self.examples:
+            text = shown_text(record, step)
+            self.examples[step] = {"place": place, "reason": reason, "text": text}
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """For each step in its order: step, kept, removed (records), reasons, and an example or None.
+
+        The example's text is shortened, and what the personal data step removed is masked in it.
+        """
+        kept, rows = self.read, []
+        for step, reasons in self.removed.items():
+            kept -= reasons.total()
+            row = {"step": step, "kept": kept, "removed": reasons.total(), "reasons": dict(reasons)}
+            rows.append({**row, "example": self.examples.get(step)})
+        return rows
+
+
+def shown_text(record: Record, step: str) -> str:
+    """A record's prompt on one line, short enough to print; without personal data where they are why it was removed."""
+    text = body(record)
+    if step == "personal data":
+        text = masked(text, personal_data(text))
+    text = " ".join(text.split())
+    return text if len(text) <= EXAMPLE else f"{text[: EXAMPLE // 2 - 2]} … {text[1 - EXAMPLE // 2 :]}"
 
 
 def steps_of(options: Options) -> dict[str, Step]:
@@ -420,13 +456,8 @@ def prepare(
     removal:    told of every record that is removed.
     A line is JSON with sorted keys and without nulls, so that a file's sha256 is its `rlhf.data.fingerprint`.
     """
-    source = Source(path, kind, on_error)
-    if source.kind == "text":
-        raise DataError(f"{path}: holds text, and cleaning is for prompts, demonstrations and comparisons")
-    seen = PromptIndex(options.prefix, options.minhash)
-    for file in evaluation if options.leakage else ():
-        for _, record in Source(file, "prompts", on_error):
-            seen.add(body(record))
+    source = _source(path, kind, on_error)
+    seen = _prompts_of(evaluation, options, on_error)
     with staged(out) as folder:
         report = _clean(source, folder, options, seen, removal or (lambda *_: None))
         report.skipped = source.skipped.total()
@@ -438,6 +469,65 @@ def prepare(
         _write_card(folder, path, str(source.kind), options, report)
         _write_manifest(folder, path, str(source.kind), options, evaluation, report)
     return report
+
+
+def _source(path: Path, kind: str | None, on_error: str) -> Source:
+    source = Source(path, kind, on_error)
+    if source.kind == "text":
+        raise DataError(f"{path}: holds text, and cleaning is for prompts, demonstrations and comparisons")
+    return source
+
+
+def _prompts_of(evaluation: Sequence[Path], options: Options, on_error: str) -> PromptIndex:
+    """What must not be trained on."""
+    seen = PromptIndex(options.prefix, options.minhash)
+    for file in evaluation if options.leakage else ():
+        for _, record in Source(file, "prompts", on_error):
+            seen.add(body(record))
+    return seen
+
+
+def clean_files(
+    paths: Sequence[Path],
+    out: Path,
+    options: Options | None = None,
+    *,
+    evaluation: Sequence[Path] = (),
+    on_error: str = "stop",
+) -> dict[str, Report]:
+    """The same steps without splits: each file's clean records in their order, under its own name (as .jsonl) in `out`.
+
+    evaluation: files whose prompts must not be in any of them (one index for all).
+    Returns a report a file, by its name without suffix; `summary` says them in one line. A file that is there is replaced.
+    """
+    options = replace(options or Options(), validation=0.0, test=0.0)
+    names = [path.name.removesuffix(".gz").rsplit(".", 1)[0] for path in paths]
+    if len(set(names)) < len(names) or any((out / f"{n}.jsonl").resolve() == p.resolve() for n, p in zip(names, paths)):
+        raise DataError(f"{out}: the clean files would overwrite each other or the raw ones; give another folder")
+    seen = _prompts_of(evaluation, options, on_error)
+    reports = {}
+    with staged(out / "clean", keep=False) as folder:
+        for name, path in zip(names, paths):
+            source = _source(path, None, on_error)
+            report = _clean(source, folder, options, seen, lambda *_: None)
+            report.skipped = source.skipped.total()
+            if not (folder / f"{TRAIN}.jsonl").exists():
+                raise DataError(f"{path}: nothing is left of {report.read} records; turn steps off")
+            (folder / f"{TRAIN}.jsonl").replace(folder / f"{name}.jsonl")
+            reports[name] = report
+        for name in names:
+            (folder / f"{name}.jsonl").replace(out / f"{name}.jsonl")
+    return reports
+
+
+def summary(reports: Mapping[str, Report]) -> str:
+    """One line: "removed 402 of 8,361 records: 119 personal data, 283 near-duplicates"."""
+    total: Counter[str] = Counter()
+    for report in reports.values():
+        total.update({step: reasons.total() for step, reasons in report.removed.items()})
+    parts = ", ".join(f"{count:,} {WORDS.get(step, step)}" for step, count in total.items() if count)
+    read = sum(report.read for report in reports.values())
+    return f"removed {total.total():,} of {read:,} records" + (f": {parts}" if parts else "")
 
 
 def _clean(source: Source, folder: Path, options: Options, seen: PromptIndex, removal: Removal) -> Report:
@@ -472,7 +562,7 @@ def _drop_leaks(folder: Path, seen: PromptIndex, report: Report, removal: Remova
             place, record = json.loads(line)
             reason = seen.match(body(record))
             if reason:
-                report.removed["leakage"][reason] += 1
+                report.remove("leakage", reason, place, record)
                 removal(place, "leakage", reason, record)
             else:
                 lines.write(TRAIN, as_line(record))
@@ -483,7 +573,7 @@ def _through(steps: dict[str, Step], place: str, record: Record, report: Report,
     for name, step in steps.items():
         result = step(record)
         if isinstance(result, str):
-            report.removed[name][result] += 1
+            report.remove(name, result, place, record)
             removal(place, name, result, record)
             return None
         record = result
@@ -525,8 +615,8 @@ def as_line(record: Record) -> str:
 
 
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` when all went well, and goes when it did not."""
+def staged(out: Path, keep: bool = True) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` when all went well, and goes when it did not (or is not to be kept)."""
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out}: is there already; give a new folder, or remove it")
@@ -535,6 +625,8 @@ def staged(out: Path) -> Iterator[Path]:
         out.resolve().parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir()
         yield folder
+        if not keep:
+            return
         for file in folder.iterdir():  # on the disk before the name is, so that a crash leaves nothing half there
             with open(file, "rb") as stream:
                 os.fsync(stream.fileno())
