@@ -2,15 +2,17 @@
 
 import hashlib
 import json
+import random
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rlhf import cli, data_cli
-from rlhf.data import DataError, clean, fingerprint, load, split_by_key
+from rlhf.data import DataError, clean, duplicates, fingerprint, load, split_by_key
 
 ROOT = Path(__file__).resolve().parents[1]
 OFF = {"max_length": 0, "personal_data": "keep", "prefix": 0, "minhash": 0, "per_user": 0, "leakage": False}
@@ -96,6 +98,13 @@ DISTINCT = ["I need two sentences about Pell.", "I need two sentences about Mira
         ("Name a category", "Name a cat", None),
         ("Hi.", "Hi. " + LONG, None),  # less than half of it
         (LONG + "Then it eats.", LONG + " ".join(f"A{n}" for n in range(60)), None),
+        ("请写一首关于春天的诗。", "请写一首关于春天的诗。谢谢！", "prefix"),
+        ("请写一首关于春天的诗。", "请写一首关于秋天的诗。", None),
+        (
+            "写一个故事，" + "讲一只猫住在山上的小屋里。" * 2 + "它每天都下山去看海",
+            "请" * 3 + "写一个故事，" + "讲一只猫住在山上的小屋里。" * 2 + "它每天都下山去看海",
+            "minhash",
+        ),
     ],
 )
 def test_near_duplicates(first, second, reason):
@@ -111,6 +120,47 @@ def test_near_duplicates_by_minhash_are_those_above_the_threshold():
     index.add(" ".join(words))
     assert index.match(" ".join([*"abcde", *words[5:]])) == "minhash"  # 93/103 = 0.903
     assert index.match(" ".join([*"abcdef", *words[6:]])) is None  # 92/104 = 0.885
+
+
+def test_bands_find_what_a_comparison_of_all_pairs_finds():
+    """Over several doublings of the tables. Jaccard similarities here are 1, at least 0.94, or below 0.6."""
+    rng = random.Random(0)
+    words = [f"w{n}" for n in range(40)]
+    texts, sizes, having = [], [], defaultdict(list)  # of kept texts: how many triples, and which have a triple
+    index = clean.PromptIndex(prefix=0, minhash=0.9)
+    for n in range(3000):
+        text = rng.choices(words, k=100)
+        if n % 3 == 2:
+            text = ["so", *rng.choice(texts)]
+        texts.append(text)
+        triples = {tuple(text[k : k + 3]) for k in range(len(text) - 2)}
+        shared = Counter(place for triple in triples for place in having[triple])
+        similar = any(n >= 0.9 * (len(triples) + sizes[place] - n) for place, n in shared.items())
+        assert (index.match(" ".join(text)) is not None) == similar, n
+        if not similar:
+            for triple in triples:
+                having[triple].append(len(sizes))
+            sizes.append(len(triples))
+            index.add(" ".join(text))
+    assert len(index.bands.hashes) == 2048 and len(sizes) == 2000
+
+
+def test_every_prompt_of_a_full_slot_is_found(monkeypatch):
+    """Forty hashes for 1,500 prompts, over two doublings: each chain has some 37 prompts, of any age."""
+    monkeypatch.setattr(
+        duplicates.Bands, "_band_hashes", lambda bands, key: np.full(bands.count, int(key.text[:2]), dtype=np.uint32)
+    )
+    index, rng = clean.PromptIndex(prefix=0, minhash=0.9), random.Random(0)
+    texts = [f"{10 + n % 40} " + " ".join(rng.choices("abcdefghij", k=60)) for n in range(1500)]
+    for text in texts:
+        assert index.match(text) is None
+        index.add(text)
+    assert all(index.match(text + " more") == "minhash" for text in texts)
+
+
+def test_length_counts_the_words_of_every_script():
+    count = clean.length_counter(None)
+    assert [count(text) for text in ("two words.", "春天来了。", "ไทย", "한국어 말")] == [3, 5, 3, 2]
 
 
 def test_a_duplicate_is_found_among_many_with_the_same_beginning():
@@ -144,6 +194,10 @@ def test_rankings_of_one_prompt_are_kept_and_a_repeated_record_is_not(prepared):
         ("Regards, Ann Lee", "Regards, Ann Lee"),
         ("Card 4111 1111 1111 1112, pi 3.1415926535, on 2024-01-02 12:00", None),
         ("a@b, @home, 12:30-14:00, 1000000 times", None),
+        ("我的邮箱是ann@lee.org谢谢", "我的邮箱是[EMAIL]谢谢"),
+        ("卡号4111111111111111，身份证11010519491231002X号", "卡号[CARD]，身份证[ID]号"),
+        ("IBAN：GB82WEST12345698765432。致电+86 139 1234 5678吧", "IBAN：[IBAN]。致电[PHONE]吧"),
+        ("身份证110105194912310021号", None),
     ],
 )
 def test_personal_data_is_masked(text, wanted):
@@ -153,7 +207,7 @@ def test_personal_data_is_masked(text, wanted):
 def test_long_text_without_spaces_takes_no_long_time():
     for text in ("a" * 300_000, "1" * 300_000, "\n" * 300_000 + "a", "thanks" + "\n" * 300_000):
         assert clean.personal_data("ann@lee.org " + text) == [(0, 11, "EMAIL")]
-        clean.normalised(text)
+        duplicates.normalised(text)
 
 
 def test_personal_data_is_dropped_or_masked_in_every_text(prepared, tmp_path):

@@ -8,11 +8,7 @@ Steps in their order: length, personal data, near-duplicates, prompts a user, an
 import hashlib
 import json
 import os
-import re
 import shutil
-import unicodedata
-import zlib
-from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,15 +17,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import phonenumbers
-import stdnum.iban
-import stdnum.luhn
-import stdnum.us.ssn
-from datasketch import MinHash, MinHashLSH
 
 from rlhf.data import files, named  # noqa: F401  (named registers its formats)
+from rlhf.data.duplicates import WORD, PromptIndex
 from rlhf.data.formats import detect
+from rlhf.data.personal import masked, personal_data
 from rlhf.data.reading import HEAD, Reading
 from rlhf.data.records import DataError, Problem, prompt_text
 
@@ -38,18 +31,13 @@ Step = Callable[[Record], Record | str]
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 WAITING = ".waiting"  # training records, until all prompts of evaluation are known
-LONG_PREFIX, LONG_SHARE = 200, 0.9  # characters that two long prompts share, and how much of the longer they are
-SUCCESSORS = 64  # kept prompts looked at that begin with a whole new one
-SHINGLE = 3  # words
 EXAMPLE = 160  # characters of a removed prompt that a report shows
-ROLE_MARK = re.compile(r"\n\W{0,9}\w[\w; ]{0,20}:\s{0,9}\Z")  # a last line like "Assistant:" or "### Response:"
 WORDS = {  # what a step removes, for people
     "length": "over the length limit",
     "personal data": "with personal data",
     "prompts a user": "beyond a user's share",
     "leakage": "that evaluation asks",
 }
-WORD = re.compile(r"\w+|[^\w\s]")
 
 
 @dataclass(frozen=True)
@@ -138,58 +126,16 @@ def length_counter(tokenizer: str | None) -> Callable[[str], int]:
 
 
 def over_length(limit: int, count: Callable[[str], int]) -> Step:
-    return lambda record: record if count(body(record)) <= limit else f"over {limit}"
+    def step(record: Record) -> Record | str:
+        text = body(record)
+        return record if len(text) <= limit or count(text) <= limit else f"over {limit}"
+
+    return step
 
 
 # ---- personal data
 
-EMAIL = re.compile(r"(?<![\w.+%-])[\w.+%-]+@(?:[\w-]+\.)+[^\W\d_]{2,}")
-PHONE = re.compile(r"\d(?:[\s()./-]*\d){6}")  # only what has seven digits is worth phonenumbers' time
-CARD_NUMBER = re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w-])")
-SSN = re.compile(r"(?<![\w-])\d{3}-\d{2}-\d{4}(?![\w-])")
-IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
-SIGNED = re.compile(
-    r"(?i:\b(?:regards|sincerely|yours truly|best wishes|cheers|thanks))(?:,|\s{0,3}\n)\s{0,5}((?:[A-Z][\w'’-]+ ?){1,3})"
-)
 IDS = ("user", "labeler")
-
-Span = tuple[int, int, str]
-
-
-def personal_data(text: str, region: str = "US") -> list[Span]:
-    """(start, end, what) of e-mail addresses, phone, card and social security numbers, IBANs, and names signed beside these.
-
-    A name is found only under a closing ("Regards, Ann Lee") in a text that has one of the others: templates of letters end
-    so, too. Names elsewhere, streets and dates of birth are not found.
-    """
-    found = [(m.start(), m.end(), "EMAIL") for m in EMAIL.finditer(text)]
-    for pattern, valid, what in (
-        (IBAN, stdnum.iban.is_valid, "IBAN"),
-        (CARD_NUMBER, stdnum.luhn.is_valid, "CARD"),
-        (SSN, stdnum.us.ssn.is_valid, "SSN"),
-    ):
-        found += [(m.start(), m.end(), what) for m in pattern.finditer(text) if valid(re.sub("[ -]", "", m[0]))]
-    if PHONE.search(text):
-        numbers = phonenumbers.PhoneNumberMatcher(text, region, leniency=phonenumbers.Leniency.VALID)
-        found += [(number.start, number.end, "PHONE") for number in numbers]
-    if found:
-        found += [(m.start(1), m.start(1) + len(m[1].rstrip()), "NAME") for m in SIGNED.finditer(text)]
-    return _apart(found)
-
-
-def _apart(spans: list[Span]) -> list[Span]:
-    """In their order, and of two that overlap the one found first: a card's digits may look like a phone number."""
-    kept: list[Span] = []
-    for start, end, what in spans:
-        if all(end <= other[0] or start >= other[1] for other in kept):
-            kept.append((start, end, what))
-    return sorted(kept)
-
-
-def masked(text: str, spans: list[Span]) -> str:
-    for start, end, what in reversed(spans):
-        text = f"{text[:start]}[{what}]{text[end:]}"
-    return text
 
 
 class PersonalData:
@@ -230,124 +176,24 @@ class PersonalData:
 # ---- near-duplicates
 
 
-def normalised(text: str) -> str:
-    """Words and marks in small letters with one space between, without a last line that only says whose turn it is."""
-    text = unicodedata.normalize("NFKC", ROLE_MARK.sub("", text))
-    return " ".join(WORD.findall(text.casefold()))
-
-
-class PromptIndex:
-    """The prompts kept so far, and why another one is a near-duplicate: "same", "prefix", "minhash", or None.
-
-    prefix:  one prompt begins with the whole of the other, which is at least this share of it; or both are long (200
-             characters) and nine tenths of the longer are the same beginning. Prompts made from templates have long
-             beginnings in common and are different questions, so a common beginning alone does not count.
-    minhash: Jaccard similarity of the sets of word triples, from candidates of MinHash LSH, computed exactly.
-    """
-
-    def __init__(self, prefix: float, minhash: float):
-        self.prefix, self.minhash = prefix, minhash
-        self.ordered: list[str] = []
-        self.wholes: set[bytes] = set()
-        self.shingles: list[np.ndarray] = []
-        # A little below, since LSH misses some that lie just above its own threshold.
-        self.lsh = MinHashLSH(threshold=0.9 * minhash, num_perm=128) if minhash else None
-        self.hashes = MinHash(num_perm=128, seed=1, hashfunc=int)
-
-    def add(self, text: str) -> None:
-        text = normalised(text)
-        digest = _digests(text)[-1][1]
-        if digest in self.wholes:
-            return
-        self.wholes.add(digest)
-        insort(self.ordered, text)
-        if self.lsh is not None:
-            shingles = _shingles(text)
-            self.lsh.insert(len(self.shingles), self._signature(shingles))
-            self.shingles.append(shingles)
-
-    def match(self, text: str) -> str | None:
-        text = normalised(text)
-        digests = _digests(text)
-        if digests[-1][1] in self.wholes:
-            return "same"
-        if self.prefix and (self._begins_or_begun(text, digests) or self._long_beginning(text)):
-            return "prefix"
-        return "minhash" if self.lsh is not None and self._similar(text) else None
-
-    def _begins_or_begun(self, text: str, digests: list[tuple[int, bytes]]) -> bool:
-        if any(end >= self.prefix * len(text) and digest in self.wholes for end, digest in digests):
-            return True
-        first = bisect_left(self.ordered, text + " ")
-        for longer in self.ordered[first : first + SUCCESSORS]:
-            if not longer.startswith(text + " "):
-                return False
-            if len(text) >= self.prefix * len(longer):
-                return True
-        return False
-
-    def _long_beginning(self, text: str) -> bool:
-        """Of all kept ones, those beside it in sorted order share the longest beginning."""
-        place = bisect_left(self.ordered, text)
-        for other in self.ordered[max(0, place - 1) : place + 1]:
-            common = _common(text, other)
-            if common >= LONG_PREFIX and common >= LONG_SHARE * max(len(text), len(other)):
-                return True
-        return False
-
-    def _similar(self, text: str) -> bool:
-        assert self.lsh is not None
-        shingles = _shingles(text)
-        for key in self.lsh.query(self._signature(shingles)):
-            common = len(np.intersect1d(shingles, self.shingles[key], assume_unique=True))
-            if common >= self.minhash * (len(shingles) + len(self.shingles[key]) - common):
-                return True
-        return False
-
-    def _signature(self, shingles: np.ndarray) -> MinHash:
-        signature = self.hashes.copy()  # shares the permutations, which are slow to draw
-        signature.update_batch(shingles.tolist())
-        return signature
-
-
-def _common(a: str, b: str) -> int:
-    """Characters at the beginning that two texts share."""
-    return next((place for place, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-
-
-def _digests(text: str) -> list[tuple[int, bytes]]:
-    """(end, digest) of each beginning of a normalised text that ends with a word."""
-    digest, end, found = hashlib.blake2b(digest_size=8), -1, []
-    for word in text.split(" "):
-        digest.update(word.encode() + b" ")
-        end += len(word) + 1
-        found.append((end, digest.copy().digest()))
-    return found
-
-
-def _shingles(text: str) -> np.ndarray:
-    words = text.split(" ")
-    starts = range(max(1, len(words) - SHINGLE + 1))
-    sums = {zlib.crc32(" ".join(words[start : start + SHINGLE]).encode()) for start in starts}
-    return np.array(sorted(sums), dtype=np.uint32)
-
-
 class NearDuplicates:
     """Keeps the first of near-duplicates. One prompt with several answers or rankings is none; the same record twice is."""
 
     def __init__(self, index: PromptIndex):
         self.index = index
-        self.records: set[bytes] = set()
+        self.records: set[int] = set()  # digests
 
     def __call__(self, record: Record) -> Record | str:
-        digest = hashlib.blake2b(as_line(record).encode(), digest_size=8).digest()
-        reason = self.index.match(body(record))
-        if reason == "same" and digest not in self.records and ("completion" in record or "completions" in record):
-            reason = None
+        text = body(record)
+        reason = self.index.match(text)
+        if "completion" in record or "completions" in record:
+            digest = int.from_bytes(hashlib.blake2b(as_line(record).encode(), digest_size=8).digest(), "big")
+            if reason == "same" and digest not in self.records:
+                reason = None
+            self.records.add(digest)
         if reason:
             return reason
-        self.index.add(body(record))
-        self.records.add(digest)
+        self.index.add(text)
         return record
 
 
@@ -609,9 +455,11 @@ def _lines_of(path: Path) -> Iterator[str]:
         yield from stream
 
 
+ENCODER = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=str)
+
+
 def as_line(record: Record) -> str:
-    filled = {name: value for name, value in record.items() if value is not None}
-    return json.dumps(filled, ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=str)
+    return ENCODER.encode({name: value for name, value in record.items() if value is not None})
 
 
 @contextmanager
