@@ -8,6 +8,7 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 
@@ -348,6 +349,71 @@ def test_faulty_options_are_one_line():
     for wrong in ({"prefix": 2}, {"validation": 0.6, "test": 0.5}, {"per_user": -1}, {"phone_region": "USA"}):
         with pytest.raises(DataError, match="must be"):
             options(**wrong)
+
+
+# ---- sources
+
+
+def test_a_folder_is_cleaned_as_one(write, tmp_path):
+    (tmp_path / "raw").mkdir()
+    write([{"prompt": "Where?"}, {"prompt": "When?"}], "raw/a.jsonl")
+    write([{"instruction": "Where?", "output": "There."}], "raw/b.jsonl.gz").rename(tmp_path / "raw" / "b.jsonl")
+    clean.prepare(tmp_path / "raw", tmp_path / "out", options(prefix=0.5), kind="prompts")
+    kept = [record["prompt"] for record in lines(tmp_path / "out" / "train.jsonl")]
+    assert kept == ["Where?", "When?", "### Instruction:\nWhere?\n\n### Response:\n"]
+    source = json.loads((tmp_path / "out" / "manifest.json").read_text())["source"]
+    assert source["name"] == "raw" and sorted(source["files"]) == ["a.jsonl", "b.jsonl"]
+
+
+def test_a_hub_data_set_is_streamed(tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(*args, **options):
+        asked.append((args, options))
+        rows = [{"prompt": f"Question {n}?", "user": str(n)} for n in range(40)]
+        return datasets.Dataset.from_list(rows).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    arguments = ["data", "prepare", "org/name", "--out", str(tmp_path / "out"), "--revision", "main", "--no-leakage"]
+    assert cli.main(arguments) == 0
+    assert asked == [(("org/name", None), {"data_dir": None, "split": "train", "revision": "main", "streaming": True})]
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["read"] == 40
+    assert manifest["source"] == {"name": "org/name", "split": "train", "revision": "main"}
+
+
+def test_a_stream_that_breaks_off_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def rows():
+        yield {"prompt": "a"}
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows())
+    assert cli.main(["data", "prepare", "org/name", "--out", str(tmp_path / "out")]) == 2
+    assert "reading broke off (ConnectionError: reset by peer)" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_records_come_from_a_pipe(tmp_path):
+    records = "".join(json.dumps({"prompt": f"Question {n}?"}) + "\n" for n in range(30))
+    command = [sys.executable, "-m", "rlhf.cli", "data", "prepare", "-", "--out", str(tmp_path / "out")]
+    subprocess.run(command, input=records.encode(), check=True, capture_output=True, timeout=60)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["source"] == {"name": "standard input"}
+    assert sum(split["records"] for split in manifest["splits"].values()) == 30
+
+
+def test_what_is_skipped_is_listed(write, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    raw = write([{"prompt": "a"}, *[{"prompt": ""}] * 12, {"prompt": 3}])
+    removed = tmp_path / "removed.jsonl"
+    arguments = ["--on-error", "skip", "--validation", "0", "--test", "0", "--removed", str(removed)]
+    assert cli.main(["data", "prepare", str(raw), "--out", str(tmp_path / "out"), *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert "1 records read, 13 skipped as faulty" in shown and "and 3 more" in shown
+    assert shown.count("field 'prompt' is empty") == 10
+    told = lines(removed)
+    assert [found["place"] for found in told] == [f"{raw}:{n}" for n in range(2, 15)]
+    assert told[-1]["step"] == "fault" and "must be text" in told[-1]["reason"]
 
 
 # ---- the demo world

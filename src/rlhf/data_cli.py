@@ -28,10 +28,17 @@ def add_data(commands: Any) -> None:
     def add(name: str, help: str) -> argparse.ArgumentParser:
         parser: argparse.ArgumentParser = parsers.add_parser(name, help=help, description=help)
         parser.set_defaults(run=f"rlhf.data_cli:{name}")
-        parser.add_argument("file", metavar="FILE", type=Path, help="in any of the formats of docs/data.md")
+        parser.add_argument(
+            "file", metavar="FILE", help="a file, a folder, a Hub data set, or - for JSON lines from a pipe"
+        )
         kinds = ["prompts", "demonstrations", "comparisons"] + ["text"] * (name == "inspect")
         parser.add_argument("--kind", choices=kinds, help="read it as this kind (default: as its records are)")
         parser.add_argument("--on-error", choices=["stop", "skip"], default="stop", help="default: %(default)s")
+        parser.add_argument(
+            "--split", default="train", metavar="NAME", help="of a folder or Hub data set (default: train)"
+        )
+        parser.add_argument("--config-name", metavar="NAME", help="of a Hub data set")
+        parser.add_argument("--revision", metavar="REVISION", help="of a Hub data set")
         parser.add_argument("--tokenizer", metavar="MODEL", help="count its tokens (default: words and marks)")
         parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
         return parser
@@ -88,12 +95,26 @@ def prepare(args: argparse.Namespace) -> None:
             evaluation=tuple(args.evaluation),
             on_error=args.on_error,
             removal=note,
+            **_where(args),
         )
     steps = Section("removed", ("step", "records", "why"), clean.removed_lines(report))
     rows = [(name, found["records"], found["users"], found["sha256"][:12]) for name, found in report.splits.items()]
     splits = Section(str(args.out), ("split", "records", "users", "sha256"), rows)
     skipped = f", {report.skipped} skipped as faulty" if report.skipped else ""
-    _print([Section(f"{args.file}: {report.read} records read{skipped}", (), []), steps, splits])
+    head = Section(f"{args.file}: {report.read} records read{skipped}", (), [])
+    _print([head, *_faults(report.faults, report.skipped, "--removed lists all"), steps, splits])
+
+
+def _faults(faults: list[tuple[str, str]], count: int, hint: str = "") -> list[Section]:
+    """The skipped records, where there are any: the first by their places."""
+    rows: list[tuple[Any, ...]] = list(faults)
+    if count > len(faults):
+        rows.append(("…", f"and {count - len(faults)} more" + (f"; {hint}" if hint else "")))
+    return [Section("skipped as faulty", ("place", "what is wrong"), rows)] if count else []
+
+
+def _where(args: argparse.Namespace) -> dict[str, Any]:
+    return {"split": args.split, "config_name": args.config_name, "revision": args.revision}
 
 
 @contextmanager
@@ -176,7 +197,7 @@ class Rankings:
 def inspect(args: argparse.Namespace) -> None:
     from rlhf.data import clean
 
-    source = clean.Source(args.file, args.kind, args.on_error)
+    source = clean.Source(args.file, args.kind, args.on_error, **_where(args))
     sections = _statistics(source, clean.length_counter(args.tokenizer), args)
     title = f"{args.file}: {source.kind}"
     if args.html:
@@ -215,6 +236,7 @@ def _statistics(source: Any, count: Any, args: argparse.Namespace) -> list[Secti
     unit = f"tokens of {args.tokenizer}" if args.tokenizer else "words and marks"
     return [
         _counts(source, users),
+        *_faults(source.reading.faults, source.skipped.total()),
         *_lengths(lengths, unit),
         _counted("languages", "language", languages),
         _counted("duplicates: what a prompt is to those before it", "prompt", duplicates),

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from rlhf.data import files, named  # noqa: F401  (named registers its formats)
 from rlhf.data.duplicates import WORD, PromptIndex
 from rlhf.data.formats import detect
 from rlhf.data.personal import masked, personal_data
-from rlhf.data.reading import HEAD, Reading
+from rlhf.data.reading import HEAD, Reading, Told
 from rlhf.data.records import DataError, Problem, prompt_text
+from rlhf.data.sources import Name, name_of, sources
 
 Record = dict[str, Any]
 Step = Callable[[Record], Record | str]
@@ -73,35 +74,40 @@ class Options:
 # ---- reading
 
 
-@dataclass
 class Source:
-    """The canonical records of one file, read one at a time: `for place, record in Source(path)`."""
+    """The canonical records of a source, read one at a time: `for place, record in Source(name)`.
 
-    path: Path
-    kind: str | None = None  # None: that of the first records
-    on_error: str = "stop"
-    skipped: Counter[str] = field(default_factory=Counter)
-    notes: Counter[str] = field(default_factory=Counter)
+    name:    as `rlhf.data.load` takes it; a Hub data set is streamed. Standard input and iterators give their records once.
+    kind:    None takes that of the first records.
+    told:    hears of each faulty record that is skipped: its place, and what is wrong.
+    """
 
-    def __post_init__(self) -> None:
-        if not self.path.is_file():
-            raise DataError(f"{self.path}: is no file; give one of {', '.join(files.SUFFIXES)}, or these with .gz")
-        head = [raw for _, raw in islice(files.read(self.path), HEAD) if not isinstance(raw, Problem)]
-        format = detect(head, self.kind or "prompts")
-        self.format = format.name if format else None  # None: the first record read says what is wrong
-        self.kind = self.kind or (format.kind if format else "prompts")
+    def __init__(
+        self, name: Name, kind: str | None = None, on_error: str = "stop", told: Told | None = None, **where: Any
+    ):
+        self.name, self.on_error, self.told, self.where = name, on_error, told, where
+        self.shown = name_of(name)
+        self.opened: Iterator[Iterator[files.Item]] = sources(name, stream=True, **where)
+        first = next(self.opened)
+        head = list(islice(first, HEAD))
+        self.opened = chain([chain(head, first)], self.opened)
+        format = detect([raw for _, raw in head if not isinstance(raw, Problem)], kind or "prompts")
+        self.kind = kind or (format.kind if format else "prompts")
+        self.reading = Reading(self.kind, self.shown, None, on_error, told)
+
+    @property
+    def skipped(self) -> Counter[str]:
+        return self.reading.skipped
+
+    @property
+    def notes(self) -> Counter[str]:
+        return self.reading.notes
 
     def __iter__(self) -> Iterator[tuple[str, Record]]:
-        reading = Reading(str(self.kind), str(self.path), self.format, self.on_error)
-        self.skipped, self.notes = reading.skipped, reading.notes
-        for place, raw in files.read(self.path):
-            reading.add(iter([(place, raw)]))
-            yield from ((place, record) for record in reading.rows)
-            reading.rows.clear()
-        if not reading.count:
-            raise DataError(
-                f"{self.path}: has no records ({reading.first_skipped or 'it is empty'}); give another file"
-            )
+        for items in self.opened:
+            yield from self.reading.records(items)
+        if not self.reading.count:
+            raise self.reading.nothing()
 
 
 def body(record: Record) -> str:
@@ -237,6 +243,7 @@ class Report:
     found: Counter[str] = field(default_factory=Counter)  # pieces of personal data
     masked: int = 0
     skipped: int = 0
+    faults: list[tuple[str, str]] = field(default_factory=list)  # (place, what is wrong) of the first skipped ones
     splits: dict[str, dict[str, Any]] = field(default_factory=dict)
     examples: dict[str, dict[str, str]] = field(default_factory=dict)  # the first record that a step removed
 
@@ -287,40 +294,43 @@ Removal = Callable[[str, str, str, Record], None]  # place, step, reason, record
 
 
 def prepare(
-    path: Path,
+    name: Name,
     out: Path,
     options: Options,
     *,
     kind: str | None = None,
-    evaluation: tuple[Path, ...] = (),
+    evaluation: Sequence[Path] = (),
     on_error: str = "stop",
     removal: Removal | None = None,
+    **where: Any,
 ) -> Report:
     """Writes train.jsonl, validation.jsonl, test.jsonl, README.md and manifest.json into the new folder `out`, or nothing.
 
+    name, where: as `rlhf.data.load` takes them; read once, as they come.
     evaluation: files whose prompts must not be in the training split either.
-    removal:    told of every record that is removed.
+    removal:    told of every record that is removed, and of faulty ones that are skipped (step "fault", without the record).
     A line is JSON with sorted keys and without nulls, so that a file's sha256 is its `rlhf.data.fingerprint`.
     """
-    source = _source(path, kind, on_error)
+    tell = removal or (lambda *_: None)
+    source = _source(name, kind, on_error, lambda place, problem: tell(place, "fault", problem, {}), **where)
     seen = _prompts_of(evaluation, options, on_error)
     with staged(out) as folder:
-        report = _clean(source, folder, options, seen, removal or (lambda *_: None))
-        report.skipped = source.skipped.total()
+        report = _clean(source, folder, options, seen, tell)
+        report.skipped, report.faults = source.skipped.total(), source.reading.faults
         for split in (TRAIN, VALIDATION, TEST):
             if (folder / f"{split}.jsonl").exists():
                 report.splits[split] = _described(folder / f"{split}.jsonl")
         if TRAIN not in report.splits:
-            raise DataError(f"{path}: nothing is left for training of {report.read} records; turn steps off")
-        _write_card(folder, path, str(source.kind), options, report)
-        _write_manifest(folder, path, str(source.kind), options, evaluation, report)
+            raise DataError(f"{source.shown}: nothing is left for training of {report.read} records; turn steps off")
+        _write_card(folder, source, options, report)
+        _write_manifest(folder, source, options, evaluation, report)
     return report
 
 
-def _source(path: Path, kind: str | None, on_error: str) -> Source:
-    source = Source(path, kind, on_error)
+def _source(name: Name, kind: str | None, on_error: str, told: Told | None = None, **where: Any) -> Source:
+    source = Source(name, kind, on_error, told, **where)
     if source.kind == "text":
-        raise DataError(f"{path}: holds text, and cleaning is for prompts, demonstrations and comparisons")
+        raise DataError(f"{source.shown}: holds text, and cleaning is for prompts, demonstrations and comparisons")
     return source
 
 
@@ -356,7 +366,7 @@ def clean_files(
         for name, path in zip(names, paths):
             source = _source(path, None, on_error)
             report = _clean(source, folder, options, seen, lambda *_: None)
-            report.skipped = source.skipped.total()
+            report.skipped, report.faults = source.skipped.total(), source.reading.faults
             if not (folder / f"{TRAIN}.jsonl").exists():
                 raise DataError(f"{path}: nothing is left of {report.read} records; turn steps off")
             (folder / f"{TRAIN}.jsonl").replace(folder / f"{name}.jsonl")
@@ -515,16 +525,14 @@ def removed_lines(report: Report) -> list[tuple[str, int, str]]:
     return rows
 
 
-def _write_manifest(
-    folder: Path, path: Path, kind: str, options: Options, evaluation: tuple[Path, ...], report: Report
-) -> None:
+def _write_manifest(folder: Path, source: Source, options: Options, evaluation: Sequence[Path], report: Report) -> None:
     from rlhf import __version__
 
     manifest = {
         "rlhf": __version__,
-        "kind": kind,
-        "source": {"name": path.name, "sha256": sha256_of(path)},
-        "evaluation": [{"name": file.name, "sha256": sha256_of(file)} for file in evaluation],
+        "kind": source.kind,
+        "source": _named(source.name, source.where),
+        "evaluation": [_named(file, {}) for file in evaluation],
         "options": asdict(options),
         "read": report.read,
         "skipped": report.skipped,
@@ -534,6 +542,18 @@ def _write_manifest(
         "card": {"file": "README.md", "sha256": sha256_of(folder / "README.md")},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _named(name: Name, where: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest says of a source: its name, and the sha256 of local files."""
+    given = {option: value for option, value in where.items() if value is not None}
+    path = Path(name_of(name))
+    if path.is_file():
+        return {"name": path.name, "sha256": sha256_of(path)}
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.is_file())
+        return {"name": path.resolve().name, **given, "files": {f.name: sha256_of(f) for f in found}}
+    return {"name": name_of(name), **(given if path.name != "standard input" else {})}
 
 
 CARD = """\
@@ -566,12 +586,12 @@ Not written here is where the records come from and under which licence: add it 
 """
 
 
-def _write_card(folder: Path, path: Path, kind: str, options: Options, report: Report) -> None:
+def _write_card(folder: Path, source: Source, options: Options, report: Report) -> None:
     splits = report.splits.items()
     text = CARD.format(
         data_files="\n".join(f"  - split: {split}\n    path: {found['file']}" for split, found in splits),
-        kind=kind,
-        name=path.name.split(".")[0],
+        kind=source.kind,
+        name=Path(source.shown).name.split(".")[0],
         total=sum(found["records"] for _, found in splits),
         read=report.read,
         splits="\n".join(f"| {split} | {found['records']} | {found['users']} |" for split, found in splits),
