@@ -32,6 +32,14 @@ CHAT_TEMPLATE = (
 )
 
 
+# What BERT's tokenizers split off whether or not a space stands there: ideographs, and the marks of Chinese texts.
+SPLIT_OFF = (
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002ceaf"
+    "\u2010-\u2027\u3001-\u3003\u3008-\u3011\uff01-\uff0f\uff1a-\uff1f"
+)
+BESIDE_CHINESE = re.compile(rf"(?<=[{SPLIT_OFF}]) +| +(?=[{SPLIT_OFF}])")
+
+
 def format_prompt(prompt: str | Messages, tokenizer: Any) -> str:
     """The text that a completion follows: a plain prompt as it stands, messages through the tokenizer's chat template."""
     if isinstance(prompt, str):
@@ -102,6 +110,18 @@ def encode_completions(
     rows = _as_text(tokenizer, completions)
     ended = [True] * len(rows) if ended is None else ended
     return [ids + ([tokenizer.eos_token_id] if end else []) for ids, end in zip(rows, ended)]
+
+
+def decode_completions(tokenizer: Any, rows: Sequence[Sequence[int]] | Tensor) -> list[str]:
+    """The texts of sampled tokens, without special tokens. Encoded again they give the same tokens, but for what WordPiece drops.
+
+    WordPiece puts a space between any two tokens; Chinese has none, so those beside its characters and marks are taken away.
+    """
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    if type(decoder).__name__ != "WordPiece":
+        return texts
+    return [BESIDE_CHINESE.sub("", text) for text in texts]
 
 
 def encode_demonstrations(
