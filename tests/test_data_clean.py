@@ -3,10 +3,13 @@
 import hashlib
 import json
 import random
+import re
 import subprocess
 import sys
+from array import array
 from collections import Counter, defaultdict
 from pathlib import Path
+from xml.etree import ElementTree
 
 import datasets
 import numpy as np
@@ -14,6 +17,7 @@ import pytest
 
 from rlhf import cli, data_cli
 from rlhf.data import DataError, clean, duplicates, fingerprint, load, split_by_key
+from rlhf.data_page import histogram
 
 ROOT = Path(__file__).resolve().parents[1]
 OFF = {"max_length": 0, "personal_data": "keep", "prefix": 0, "minhash": 0, "per_user": 0, "leakage": False}
@@ -512,7 +516,17 @@ def test_inspect_shows_a_file_and_writes_a_page(write, tmp_path, capsys, monkeyp
     for words in ("comparisons", "K: completions of a prompt", "label balance", "languages", "same", "sample"):
         assert words in shown
     text = page.read_text()
-    assert text.count("data:image/png;base64,") >= 5 and "<b>short" not in text and "http" not in text
+    assert text.count("<svg") == 2 and text.count('class="bar"') >= 8 and "<h2>label balance</h2>" in text
+    assert "<b>short" not in text and "http" not in text  # nothing of the data is markup, nothing is fetched
+    ElementTree.fromstring(re.sub("<meta[^>]*>", "", text.removeprefix("<!doctype html>\n")))
+
+
+def test_a_histogram_s_bars_hold_every_number():
+    numbers = array("Q", [*range(1, 101), 100_000])
+    drawn = histogram(numbers)
+    counts = [int(n.replace(",", "")) for n in re.findall(r": ([\d,]+)</title>", drawn)]
+    assert sum(counts) == 101 and len(counts) <= 40 and "to 100,000: " in drawn
+    assert [int(n) for n in re.findall(r": (\d+)</title>", histogram(array("Q", [5, 5, 5])))] == [3]
 
 
 def test_rankings_are_counted_by_hand():
@@ -527,7 +541,7 @@ def test_rankings_are_counted_by_hand():
 
 def test_languages_are_told_apart():
     found = map(data_cli.language, ["Where is the station, please?", "Wo ist denn bitte der Bahnhof hier?", "hi"])
-    assert list(found) == ["en", "de", "under 20 characters"]
+    assert list(found) == ["en", "de", "too short to tell"]
 
 
 def test_a_sample_is_fair_and_repeats():

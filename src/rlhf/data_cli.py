@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import base64
-import html
-import io
 import json
 import os
 import random
@@ -17,8 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from rlhf.data_page import Section, page
+
 MOST_VALUES = 20  # a field with more different values is no label
-SHORTEST = 20  # characters that a language is guessed from
+SHORTEST = 20  # bytes that a language is guessed from: seven Chinese characters, three English words
 
 
 def add_data(commands: Any) -> None:
@@ -137,16 +136,6 @@ def _written(path: Path) -> Iterator[IO[str]]:
 
 
 @dataclass
-class Section:
-    """A table, which the terminal and the page show alike; `plot` are numbers to draw beside it on the page."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: list[tuple[Any, ...]]
-    plot: Counter[Any] | array[int] | None = None
-
-
-@dataclass
 class Rankings:
     """K, ties, and whether place or length already say which completion is better."""
 
@@ -198,18 +187,20 @@ def inspect(args: argparse.Namespace) -> None:
     from rlhf.data import clean
 
     source = clean.Source(args.file, args.kind, args.on_error, **_where(args))
-    sections = _statistics(source, clean.length_counter(args.tokenizer), args)
-    title = f"{args.file}: {source.kind}"
+    sections, sample = _statistics(source, clean.length_counter(args.tokenizer), args)
     if args.html:
         with _written(args.html) as stream:
-            stream.write(_page(title, sections))
-    _print([Section(title, (), []), *sections])
+            stream.write(page(f"{Path(args.file).name}: {source.kind}", sections, sample))
+    lines = Section(
+        "sample", ("record",), [(json.dumps(record, ensure_ascii=False, default=str),) for record in sample]
+    )
+    _print([Section(f"{args.file}: {source.kind}", (), []), *sections, lines])
     if args.html:
         print(f"wrote {args.html}")
 
 
-def _statistics(source: Any, count: Any, args: argparse.Namespace) -> list[Section]:
-    """One pass; kept are numbers, prompts' text for the duplicates, and the sample."""
+def _statistics(source: Any, count: Any, args: argparse.Namespace) -> tuple[list[Section], list[Any]]:
+    """The tables and the sample, from one pass; kept are numbers, prompts' text for the duplicates, and the sample."""
     from rlhf.data import clean
 
     lengths: dict[str, array[int]] = {}
@@ -234,7 +225,7 @@ def _statistics(source: Any, count: Any, args: argparse.Namespace) -> list[Secti
         _count_labels(labels, record)
         sample.add(record)
     unit = f"tokens of {args.tokenizer}" if args.tokenizer else "words and marks"
-    return [
+    sections = [
         _counts(source, users),
         *_faults(source.reading.faults, source.skipped.total()),
         *_lengths(lengths, unit),
@@ -243,8 +234,8 @@ def _statistics(source: Any, count: Any, args: argparse.Namespace) -> list[Secti
         _counted("personal data: records that hold it", "what", personal, of=users.total()),
         *(rankings.sections() if rankings.pairs else []),
         *(_counted(f"labels: {name}", name, values) for name, values in labels.items() if len(values) <= MOST_VALUES),
-        Section("sample", ("record",), [(json.dumps(record, ensure_ascii=False),) for record in sample.kept]),
     ]
+    return sections, sample.kept
 
 
 def language(text: str) -> str:
@@ -252,7 +243,7 @@ def language(text: str) -> str:
     import py3langid
 
     text = text.strip()[:1000]
-    return str(py3langid.classify(text)[0]) if len(text) >= SHORTEST else f"under {SHORTEST} characters"
+    return str(py3langid.classify(text)[0]) if len(text.encode()) >= SHORTEST else "too short to tell"
 
 
 def _count_labels(labels: dict[str, Counter[str]], record: dict[str, Any]) -> None:
@@ -334,47 +325,3 @@ def _print(sections: list[Section]) -> None:
             console.print(table)
         elif section.columns:
             console.print("  none\n")
-
-
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>body{{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}}
-table{{border-collapse:collapse}}td,th{{padding:.2em .8em;text-align:left;border-bottom:1px solid #ddd}}
-td{{overflow-wrap:anywhere;white-space:pre-wrap}}img{{max-width:100%}}</style>
-<h1>{title}</h1>
-{sections}
-</html>
-"""
-
-
-def _page(title: str, sections: list[Section]) -> str:
-    shown = []
-    for section in sections:
-        head = "".join(f"<th>{html.escape(column)}</th>" for column in section.columns)
-        cells = ("".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in section.rows)
-        rows = "".join(f"<tr>{row}</tr>\n" for row in cells)
-        shown.append(
-            f"<h2>{html.escape(section.title)}</h2>\n<table><tr>{head}</tr>\n{rows}</table>\n{_image(section)}"
-        )
-    return PAGE.format(title=html.escape(title), sections="\n".join(shown))
-
-
-def _image(section: Section) -> str:
-    """The plot of a section as an inline picture."""
-    from matplotlib.figure import Figure
-
-    if not section.plot:
-        return ""
-    figure = Figure(figsize=(7, 2.4), layout="constrained")
-    axes = figure.subplots()
-    if isinstance(section.plot, Counter):
-        axes.bar([str(value)[:24] for value in section.plot], list(section.plot.values()))
-        axes.tick_params(axis="x", labelrotation=30 if len(section.plot) > 6 else 0)
-    else:
-        axes.hist(section.plot, bins=min(40, max(section.plot) - min(section.plot) + 1))
-        axes.set_xlabel("length")
-    axes.set_ylabel("count")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110, metadata={"Software": None})
-    data = base64.b64encode(picture.getvalue()).decode()
-    return f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{data}">'
