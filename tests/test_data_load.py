@@ -488,6 +488,7 @@ NAMES = [
     "instances", "question", "answer", "info", "post", "summaries", "choice", "worker", "full_text", "answer_0", "answer_1",
     "score_0", "score_1", "replies", "rank", "responses", "preference", "passages", "response1", "response2", "annotator1",
     "annotator2", "completion_a", "completion_b", "sentence", "label", "sent_more", "sent_less", "rhythmic", "paragraphs",
+    "message_id", "parent_id", "message_tree_id", "id",
 ]
 # fmt: on
 FIELD = st.sampled_from(NAMES)

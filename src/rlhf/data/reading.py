@@ -75,7 +75,8 @@ class Reading:
         """(place, canonical record) of one file, as they are read."""
         head = list(islice(items, HEAD))
         format = self._format_of(head)
-        for place, raw in chain(head, items):
+        items = chain(head, items)
+        for place, raw in format.gather(items) if format and format.gather else items:
             made: list[dict[str, Any]] = []
             try:
                 made = self._made(raw, format)
