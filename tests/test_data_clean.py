@@ -279,10 +279,11 @@ def test_training_prompts_that_evaluation_has_are_removed(write, tmp_path):
         raw, tmp_path / "out", chosen, evaluation=(elsewhere,), removal=lambda *told: removed.append(told)
     )
     assert report.removed["leakage"] == {"same": 2}
-    assert [(place.rsplit(":", 1)[1], step) for place, step, _, _ in removed] == [
-        ("1", "leakage"),
-        (str(records.index(sides["train"][3]) + 2), "leakage"),
-    ]
+    told = {(place.rsplit(":", 1)[1], step, found["prompt"]) for place, step, _, found in removed}
+    assert told == {
+        ("1", "leakage", copied["prompt"]),
+        (str(records.index(sides["train"][3]) + 2), "leakage", sides["train"][3]["prompt"]),
+    }
     train = {record["prompt"] for record in lines(tmp_path / "out" / "train.jsonl")}
     assert train == {r["prompt"] for r in sides["train"]} - {sides["train"][3]["prompt"]}
     assert lines(tmp_path / "out" / "validation.jsonl") == sides["validation"]

@@ -20,7 +20,7 @@ from typing import Any
 import phonenumbers
 
 from rlhf.data import files, named  # noqa: F401  (named registers its formats)
-from rlhf.data.duplicates import WORD, PromptIndex
+from rlhf.data.duplicates import WORD, PromptIndex, key_of
 from rlhf.data.formats import detect
 from rlhf.data.personal import masked, personal_data
 from rlhf.data.reading import HEAD, Reading, Told
@@ -386,9 +386,14 @@ def summary(reports: Mapping[str, Report]) -> str:
     return f"removed {total.total():,} of {read:,} records" + (f": {parts}" if parts else "")
 
 
-def _clean(source: Source, folder: Path, options: Options, seen: PromptIndex, removal: Removal) -> Report:
+def _clean(source: Source, folder: Path, options: Options, elsewhere: PromptIndex, removal: Removal) -> Report:
+    """elsewhere: prompts of evaluation files.
+
+    Of validation and test only the very prompts are looked for in training: near-duplicates have gone from the file as a whole.
+    """
     report, steps = Report(), steps_of(options)
     report.removed = {name: Counter() for name in (*steps, *(["leakage"] if options.leakage else []))}
+    held_out: set[int] = set()  # digests
     with _Lines(folder) as lines:
         for place, record in source:
             report.read += 1
@@ -396,32 +401,35 @@ def _clean(source: Source, folder: Path, options: Options, seen: PromptIndex, re
             if kept is None:
                 continue
             split = split_of(kept, options)
-            if split == TRAIN and options.leakage:
-                lines.write(WAITING, json.dumps([place, kept], default=str))
-                continue
-            lines.write(split, as_line(kept))
-            seen.add(body(kept))
-    _drop_leaks(folder, seen, report, removal)
+            if split != TRAIN or not options.leakage:
+                lines.write(split, as_line(kept))
+                held_out.add(key_of(body(kept)).digest)
+            elif reason := elsewhere.match(body(kept)):
+                report.remove("leakage", reason, place, kept)
+                removal(place, "leakage", reason, kept)
+            else:
+                lines.write(WAITING, f"{key_of(body(kept)).digest}\t{json.dumps(place)}\t{as_line(kept)}")
+    _drop_leaks(folder, held_out, report, removal)
     personal = steps.get("personal data")
     if isinstance(personal, PersonalData):
         report.found, report.masked = personal.found, personal.masked
     return report
 
 
-def _drop_leaks(folder: Path, seen: PromptIndex, report: Report, removal: Removal) -> None:
-    """Writes the training records that waited, less those whose prompt evaluation has."""
+def _drop_leaks(folder: Path, held_out: set[int], report: Report, removal: Removal) -> None:
+    """Writes the training records that waited, less those whose prompt validation or test has."""
     waiting = folder / f"{WAITING}.jsonl"
     if not waiting.exists():
         return
     with _Lines(folder) as lines:
-        for line in _lines_of(waiting):
-            place, record = json.loads(line)
-            reason = seen.match(body(record))
-            if reason:
-                report.remove("leakage", reason, place, record)
-                removal(place, "leakage", reason, record)
+        for waited in _lines_of(waiting):
+            digest, place, line = waited.rstrip("\n").split("\t", 2)
+            if int(digest) in held_out:
+                record = json.loads(line)
+                report.remove("leakage", "same", json.loads(place), record)
+                removal(json.loads(place), "leakage", "same", record)
             else:
-                lines.write(TRAIN, as_line(record))
+                lines.write(TRAIN, line)
     waiting.unlink()
 
 
