@@ -153,7 +153,7 @@ def test_bands_find_what_a_comparison_of_all_pairs_finds():
 def test_every_prompt_of_a_full_slot_is_found(monkeypatch):
     """Forty hashes for 1,500 prompts, over two doublings: each chain has some 37 prompts, of any age."""
     monkeypatch.setattr(
-        duplicates.Bands, "_band_hashes", lambda bands, key: np.full(bands.count, int(key.text[:2]), dtype=np.uint32)
+        duplicates.Bands, "_hashes_of", lambda bands, key: np.full(bands.count, int(key.text[:2]), dtype=np.uint32)
     )
     index, rng = clean.PromptIndex(prefix=0, minhash=0.9), random.Random(0)
     texts = [f"{10 + n % 40} " + " ".join(rng.choices("abcdefghij", k=60)) for n in range(1500)]
@@ -520,6 +520,17 @@ def test_inspect_shows_a_file_and_writes_a_page(write, tmp_path, capsys, monkeyp
     assert text.count("<svg") == 2 and text.count('class="bar"') >= 8 and "<h2>label balance</h2>" in text
     assert "<b>short" not in text and "http" not in text  # nothing of the data is markup, nothing is fetched
     ElementTree.fromstring(re.sub("<meta[^>]*>", "", text.removeprefix("<!doctype html>\n")))
+
+
+def test_rankings_without_a_labeler_are_counted_where_others_have_one(write, capsys):
+    record = {"prompt": "Where?", "completions": ["a", "b"], "ranks": [1, 1]}
+    raw = write([{**record, "labeler": who} for who in ("ann", "ben", None, "")])
+    assert cli.main(["data", "inspect", str(raw)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "labelers 2 rankings without a labeler 2" in shown and "records in which all tie 4 100.0 %" in shown
+    write([record])
+    assert cli.main(["data", "inspect", str(raw)]) == 0
+    assert "without a labeler" not in capsys.readouterr().out
 
 
 def test_a_histogram_s_bars_hold_every_number():

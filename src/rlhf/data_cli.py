@@ -205,6 +205,7 @@ def _statistics(source: Any, count: Any, args: argparse.Namespace) -> tuple[list
 
     lengths: dict[str, array[int]] = {}
     users, languages, personal, duplicates = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
+    labelers: Counter[str] = Counter()
     labels: dict[str, Counter[str]] = {}
     index, rankings, sample = clean.PromptIndex(0.5, 0.9), Rankings(), Reservoir(args.sample, args.seed)
     for _, record in source:
@@ -222,11 +223,12 @@ def _statistics(source: Any, count: Any, args: argparse.Namespace) -> tuple[list
             index.add(prompt)
         if "ranks" in record:
             rankings.add(record["completions"], record["ranks"])
+            labelers[record.get("labeler") or ""] += 1
         _count_labels(labels, record)
         sample.add(record)
     unit = f"tokens of {args.tokenizer}" if args.tokenizer else "words and marks"
     sections = [
-        _counts(source, users),
+        _counts(source, users, labelers),
         *_faults(source.reading.faults, source.skipped.total()),
         *_lengths(lengths, unit),
         _counted("languages", "language", languages),
@@ -272,12 +274,14 @@ class Reservoir:
             self.kept[place] = record
 
 
-def _counts(source: Any, users: Counter[str]) -> Section:
+def _counts(source: Any, users: Counter[str], labelers: Counter[str]) -> Section:
     named = Counter({user: count for user, count in users.items() if user})
     rows: list[tuple[Any, ...]] = [("records", users.total()), ("users", len(named))]
     rows += [("records without a user", users[""])] if users[""] else []
     rows += [("most by one user", max(named.values()))] if named else []
     rows += [("users with more than 200", sum(count > 200 for count in named.values()))] if named else []
+    if labelers.total() > labelers[""]:
+        rows += [("labelers", len(labelers.keys() - {""})), ("rankings without a labeler", labelers[""])]
     rows += [(f"skipped: {reason}", count) for reason, count in source.skipped.most_common()]
     rows += [(note, count) for note, count in source.notes.most_common()]
     return Section("counts", ("", "count"), rows)

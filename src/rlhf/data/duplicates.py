@@ -37,7 +37,8 @@ _POWERS: np.ndarray = np.ones(1, dtype=np.uint64)
 
 def normalised(text: str) -> str:
     """Words and marks in small letters with one space between, without a last line that only says whose turn it is."""
-    text = unicodedata.normalize("NFKC", ROLE_MARK.sub("", text))
+    text = ROLE_MARK.sub("", text)
+    text = text if text.isascii() else unicodedata.normalize("NFKC", text)
     return " ".join(WORD.findall(text.casefold()))
 
 
@@ -164,6 +165,7 @@ class Bands:
         self.hashes = np.zeros((0, self.count), dtype=np.uint32)
         self.nexts = np.zeros((0, self.count), dtype=np.int32)
         self.heads = np.zeros(0, dtype=np.int32)
+        self.hashed: tuple[Key, np.ndarray] | None = None
         self.salts = np.arange(self.count, dtype=np.uint64) * WEIGHTS[-2]
 
     def add(self, key: Key) -> None:
@@ -198,6 +200,11 @@ class Bands:
         return common >= self.threshold * (len(mine) + len(theirs) - common)
 
     def _band_hashes(self, key: Key) -> np.ndarray:
+        if self.hashed is None or self.hashed[0] is not key:  # a prompt that is looked up is mostly added next
+            self.hashed = key, self._hashes_of(key)
+        return self.hashed[1]
+
+    def _hashes_of(self, key: Key) -> np.ndarray:
         used = self.count * self.rows
         values = (key.signature[:used] * WEIGHTS[:used]).reshape(self.count, self.rows)
         return ((np.add.reduce(values, axis=1) + self.salts) >> np.uint64(32)).astype(np.uint32)
