@@ -196,6 +196,9 @@ class SFTArgs(TrainerArgs):
         2048, "longest prompt and completion, in tokens; longer ones are dropped and counted", ge=8
     )
     max_prompt_length: int = option(1024, "longest prompt, in tokens; longer ones are dropped and counted", ge=1)
+    train_on: Literal["every_turn", "completion"] = option(
+        "every_turn", "answers that are learned in a conversation: all of the assistant's turns, or the last alone"
+    )
     packing: bool = option(False, "several examples in one row; refused where attention would leak between them (OPT)")
     resid_pdrop: float | None = option(0.2, "residual dropout while training; null: the checkpoint's own", ge=0, le=0.9)
     learning_rate: float = option(9.65e-6, "peak learning rate", gt=0)

@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from rlhf.data.encode import batches, pad
+from rlhf.data.encode import batches, decode_completions, pad
 from rlhf.decoding import Decoder, can_preallocate
 from rlhf.models import accepts, eagerly, logprobs_at, values_at
 from rlhf.rewards import Episodes, Reward, weighted
@@ -338,7 +338,7 @@ def collect(actors: Actors, prompts: Prompts, keys: Sequence[tuple[int, int, int
         tokenizer=actors.tokenizer,
         banned=actors.banned,
     )
-    completions = actors.tokenizer.batch_decode(responses, skip_special_tokens=True)
+    completions = decode_completions(actors.tokenizer, responses)
     episodes = Episodes(prompts.ids, responses, prompts.texts, completions, prompts.columns)
     rewards = torch.stack([reward.score(episodes) for reward in actors.rewards], dim=1)
     prompt_ids, prompt_mask = pad(prompts.ids, actors.tokenizer.pad_token_id, side="left")

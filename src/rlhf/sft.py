@@ -22,7 +22,7 @@ from trl import SFTConfig, SFTTrainer
 
 from rlhf.config import SFTArgs
 from rlhf.data import fingerprint
-from rlhf.data.encode import blocks, encode_completions, encode_prompts
+from rlhf.data.encode import blocks, encode_demonstrations
 from rlhf.evaluation import answer, score_answers
 from rlhf.models import (
     accepts,
@@ -128,18 +128,15 @@ def sft_arguments(args: SFTArgs, work: Any) -> SFTConfig:
 
 def encode(args: SFTArgs, tokenizer: Any, records: Dataset, limit: int, *, needed: bool = True) -> Dataset:
     """`input_ids` and `labels`, the prompt's labels -100; examples over the limits dropped and counted."""
-    prompts = encode_prompts(tokenizer, records["prompt"][:])
-    completions = encode_completions(tokenizer, records["completion"][:])
-    short = [len(p) <= args.max_prompt_length for p in prompts]
-    kept = keep_fitting("prompts of demonstrations", short, args.max_prompt_length, needed=needed)
-    fits = [len(prompts[i]) + len(completions[i]) <= limit for i in kept]
-    kept = [kept[i] for i in keep_fitting("demonstrations", fits, limit, needed=needed)]
-    return Dataset.from_dict(
-        {
-            "input_ids": [prompts[i] + completions[i] for i in kept],
-            "labels": [[-100] * len(prompts[i]) + completions[i] for i in kept],
-        }
+    rows = encode_demonstrations(
+        tokenizer, records["prompt"][:], records["completion"][:], every_turn=args.train_on == "every_turn"
     )
+    # A prompt is what stands before the first answer that is learned.
+    short = [next(i for i, label in enumerate(labels) if label != -100) <= args.max_prompt_length for _, labels in rows]
+    rows = [rows[i] for i in keep_fitting("prompts of demonstrations", short, args.max_prompt_length, needed=needed)]
+    fits = [len(ids) <= limit for ids, _ in rows]
+    rows = [rows[i] for i in keep_fitting("demonstrations", fits, limit, needed=needed)]
+    return Dataset.from_dict({"input_ids": [ids for ids, _ in rows], "labels": [labels for _, labels in rows]})
 
 
 def with_pretraining_mix(
