@@ -10,13 +10,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from rlhf import objectives
+from rlhf import adapters, objectives
 from rlhf.config import PPOArgs
 from rlhf.models import banned_ids, load_policy, load_scalar_model, logits_at, switch_off_dropout, values_at
 from rlhf.registry import Artifact, Registry
 from rlhf.rewards import Reward, function_reward, model_reward
 from rlhf.rollout import Actors, Rows, response_logp
-from rlhf.training import TrainingError, resolve
+from rlhf.training import TrainingError, resolve, say
 
 Source = tuple[str, Artifact | None]  # where to load from, and the artifact it is
 
@@ -85,18 +85,24 @@ def load_models(
         "dtype": args.dtype,
         "attn_implementation": args.attn_implementation,
         "trust_remote_code": args.trust_remote_code,
+        "peft": args,
+        "bases": adapters.Bases() if args.use_peft and args.share_base else None,
     }
-    policy, reference = (load_policy(sft_path, tokenizer, **how) for _ in range(2))
+    frozen = how | {"trainable": False}
+    policy, reference = load_policy(sft_path, tokenizer, **how), load_policy(sft_path, tokenizer, **frozen)
     critic = load_scalar_model(critic_path, tokenizer, new_head=not sources and args.critic_path is None, **how)
-    rewards = [load_scalar_model(path, tokenizer, **how) for path, _ in sources]
+    rewards = [load_scalar_model(path, tokenizer, **frozen) for path, _ in sources]
     for model in (policy, reference, critic, *rewards):
         switch_off_dropout(model.eval())  # so that the first ratio is 1
     for model in (reference, *rewards):
-        model.requires_grad_(False).to(accelerator.device)
+        model.requires_grad_(False)
+        if not getattr(model, "is_quantized", False):  # which is on its device, and must not be asked to move
+            model.to(accelerator.device)
     if args.gradient_checkpointing:
         for model in (policy, critic):
             model.gradient_checkpointing_enable()
     actor_critic = ActorCritic(policy, critic).to(accelerator.device)
+    tell_memory(args, policy, reference, critic, rewards)
     actors = Actors(
         policy=policy,
         reference=reference,
@@ -109,6 +115,22 @@ def load_models(
         batch_size=args.per_device_rollout_batch_size,
     )
     return actor_critic, actors
+
+
+def tell_memory(args: PPOArgs, policy: Any, reference: Any, critic: Any, rewards: Sequence[Any]) -> None:
+    """Says how many bytes the weights take, and under `use_peft` which models stand on one base and which do not."""
+    size = adapters.weight_bytes((policy, reference, critic, *rewards))
+    say(f"weights in memory: {size:,} bytes in policy, reference, critic and {len(rewards)} reward models")
+    if not args.use_peft:
+        return
+    for name, model in (("policy", policy), ("critic", critic)):
+        say(f"{name}: {adapters.describe(model)}")
+    ours, theirs = policy.started_from, critic.started_from
+    if args.share_base and ours.sha256 != theirs.sha256:
+        say(
+            f"two bases are held: the critic's, {theirs.name}, has other weights than the policy's, {ours.name}; to hold one, train "
+            f"the reward model with --use_peft true from the policy's sft, as an adapter on {ours.name}"
+        )
 
 
 def make_rewards(args: PPOArgs, sources: Sequence[Source], models: Sequence[Any], tokenizer: Any) -> list[Reward]:

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from rlhf import RLHFError, card
+from rlhf import RLHFError, adapters, card
 from rlhf.config import StageArgs, TrainerArgs, to_dict
 from rlhf.data import load, split_by_key
 from rlhf.models import quiet
@@ -423,8 +423,11 @@ def publish(
     metrics: dict[str, Any] | None = None,
     history: Sequence[dict[str, Any]] = (),
     extra: dict[str, Any] | None = None,
+    models: dict[str, Any] | None = None,
 ) -> Artifact | None:
     """A new version of `stage`: `save(folder)` writes the weights and tokenizer, the rest is recorded beside them.
+
+    models: those that may be adapters, by their folder in the version (`here` for its own), so that their bases are recorded.
 
     Called by every process, since gathering sharded weights takes all of them; the first one writes and gets the artifact.
     `save` is called with None on the others.
@@ -445,9 +448,12 @@ def publish(
             "data": list(data),
             "metrics": metrics or {},
         }
-        card.write(draft.path, args.run_name, stage, **facts, extra=extra)
+        bases = adapters.records(**models or {})
+        card.write(draft.path, args.run_name, stage, **facts, extra=extra, adapters=bases)
         revision = args.model_revision if base_model else None
-        artifact = draft.publish(**facts, base_revision=revision, device=device_summary(), extra=extra)
+        artifact = draft.publish(
+            **facts, base_revision=revision, device=device_summary(), extra=extra, adapters=bases
+        )
     synchronise()
     say(f"published {artifact.ref}  ({artifact.path})")
     return artifact
@@ -467,7 +473,7 @@ def saver(accelerator: Any, model: Any, tokenizer: Any) -> Any:
         state = accelerator.get_state_dict(model)
         if folder is not None:
             with quiet():
-                accelerator.unwrap_model(model).save_pretrained(folder, state_dict=state)
+                adapters.save(accelerator.unwrap_model(model), folder, state)
                 tokenizer.save_pretrained(folder)
 
     return save
