@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from rlhf import adapters, objectives
@@ -86,7 +87,7 @@ def load_models(
         "attn_implementation": args.attn_implementation,
         "trust_remote_code": args.trust_remote_code,
         "peft": args,
-        "bases": adapters.Bases() if args.use_peft and args.share_base else None,
+        "bases": {} if args.use_peft and args.share_base and not spreads_weights(accelerator) else None,
     }
     frozen = how | {"trainable": False}
     policy, reference = load_policy(sft_path, tokenizer, **how), load_policy(sft_path, tokenizer, **frozen)
@@ -117,6 +118,12 @@ def load_models(
     return actor_critic, actors
 
 
+def spreads_weights(accelerator: Accelerator) -> bool:
+    """Whether each process holds a piece of the weights only (ZeRO 3), so that no other model can stand on them."""
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    return deepspeed and accelerator.state.deepspeed_plugin.zero_stage == 3
+
+
 def tell_memory(args: PPOArgs, policy: Any, reference: Any, critic: Any, rewards: Sequence[Any]) -> None:
     """Says how many bytes the weights take, and under `use_peft` which models stand on one base and which do not."""
     size = adapters.weight_bytes((policy, reference, critic, *rewards))
@@ -128,8 +135,8 @@ def tell_memory(args: PPOArgs, policy: Any, reference: Any, critic: Any, rewards
     ours, theirs = policy.started_from, critic.started_from
     if args.share_base and ours.sha256 != theirs.sha256:
         say(
-            f"two bases are held: the critic's, {theirs.name}, has other weights than the policy's, {ours.name}; to hold one, train "
-            f"the reward model with --use_peft true from the policy's sft, as an adapter on {ours.name}"
+            f"two bases are held: the critic's, {theirs.name}, has other weights than the policy's, {ours.name}; to hold one, "
+            f"train the reward model with --use_peft true from the policy's sft, as an adapter on {ours.name}"
         )
 
 

@@ -10,14 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-import hashlib
-import importlib.util
 import json
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,183 +28,15 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import cached_file
 
-from rlhf import RLHFError
-from rlhf.manifest import MANIFEST, file_sha256, weights_sha256
-from rlhf.registry import Artifact, Registry, RegistryError, read_manifest
+from rlhf.bases import AdapterError, Base, Start, quantization
 
-CONFIG = "adapter_config.json"
 TRAINED = "adapters.safetensors"  # of a training checkpoint: the weights that are trained
 HEADS = {"score", "lm_head", "embed_out"}
-
-
-class AdapterError(RLHFError):
-    """An adapter cannot be made, loaded or merged as asked."""
-
-
-# --------------------------------------------------------------------------------------------------- what it stands on
-
-
-@dataclass(frozen=True)
-class Base:
-    """Weights that adapters stand on: where they lie, and the version they are where a registry holds them."""
-
-    path: str
-    revision: str | None = None
-    artifact: Artifact | None = None
-
-    @property
-    def name(self) -> str:
-        return self.artifact.ref if self.artifact else self.path
-
-    @functools.cached_property
-    def sha256(self) -> str:
-        """Of its weights, as versions record them."""
-        if self.artifact is not None:
-            return self.artifact.weights_sha256
-        return weights_sha256({file.name: {"sha256": file_sha256(file)} for file in _weight_files(self)})
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a model is made of: a base, and the adapter on it where there is one.
-
-    quantization: what the base was quantised to while the adapter was trained, by transformers' names; {} for as it is.
-    """
-
-    base: Base
-    adapter: Path | None = None
-    quantization: Mapping[str, Any] | None = None
-    reward_bias: float = 0.0
-
-    @property
-    def has_head(self) -> bool:
-        """Whether the adapter brings the scalar head."""
-        return self.adapter is not None and "score" in (_read_config(self.adapter).get("modules_to_save") or ())
-
-
-def start_of(path: str | Path, revision: str | None = None) -> Start:
-    """What a folder or Hub id holds. Raises AdapterError where the base of an adapter is missing, or is another one now."""
-    folder = _adapter_folder(path, revision)
-    if folder is None:
-        return Start(Base(str(path), revision, _artifact(Path(path))))
-    recorded = _recorded(folder)
-    if recorded is None:  # published by plain peft: it names its base, and has no record of its weights
-        config = _read_config(folder)
-        where = config.get("base_model_name_or_path")
-        if not where:
-            raise AdapterError(f"{folder / CONFIG} names no base model; set base_model_name_or_path")
-        return Start(Base(where, config.get("revision"), _artifact(Path(where))), folder)
-    base = _find_base(folder, recorded)
-    if base.sha256 != recorded["sha256"]:
-        raise AdapterError(
-            f"{folder} is an adapter on other weights than {base.name} holds now (sha256 {recorded['sha256'][:12]}, there "
-            f"{base.sha256[:12]}); restore that base, or train the adapter again"
-        )
-    return Start(base, folder, recorded.get("quantization") or {}, recorded.get("reward_bias", 0.0))
-
-
-def _adapter_folder(path: str | Path, revision: str | None) -> Path | None:
-    if Path(path).exists():
-        return Path(path) if (Path(path) / CONFIG).is_file() else None
-    try:
-        found = cached_file(str(path), CONFIG, revision=revision, _raise_exceptions_for_missing_entries=False)
-    except (OSError, ValueError):
-        return None  # the load that follows says what is wrong with the name
-    if found is None:
-        return None
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(str(path), revision=revision, allow_patterns=["adapter_*", MANIFEST]))
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if config["peft_type"] != "LORA":
-            raise AdapterError(f"{folder} is a {config['peft_type']} adapter; only LoRA is supported")
-        return config
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"cannot read {folder / CONFIG} ({error}); restore the folder") from None
-
-
-def _artifact(folder: Path) -> Artifact | None:
-    """The version that a folder is, unverified: who resolved the folder has verified it."""
-    if not (folder / MANIFEST).is_file() or len(folder.resolve().parents) < 3:
-        return None
-    try:
-        return Registry(folder.resolve().parents[2]).get(folder.resolve(), verify=False)
-    except RegistryError:
-        return None
-
-
-def _recorded(folder: Path) -> dict[str, Any] | None:
-    """What the version that a folder is, or is a part of, records of the adapter's base."""
-    for version, part in ((folder, "."), (folder.parent, folder.name)):
-        if (version / MANIFEST).is_file():
-            found: dict[str, Any] | None = read_manifest(version).get("adapters", {}).get(part)
-            return found
-    return None
-
-
-def _find_base(folder: Path, recorded: Mapping[str, Any]) -> Base:
-    if recorded["kind"] == "model":
-        return Base(recorded["ref"], recorded.get("revision"))
-    version = folder if (folder / MANIFEST).is_file() else folder.parent
-    registry = Registry(version.resolve().parents[2])
-    try:
-        artifact = registry.base_of(recorded)
-    except RegistryError as error:
-        raise AdapterError(f"{folder} is an adapter on {recorded['ref']}, which is not here ({error})") from None
-    return Base(str(artifact.path), None, artifact)
-
-
-def _weight_files(base: Base) -> list[Path]:
-    """The files that transformers loads the base's weights from."""
-    for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"):
-        try:
-            found = cached_file(base.path, name, revision=base.revision, _raise_exceptions_for_missing_entries=False)
-        except (OSError, ValueError):
-            found = None
-        if found and name.endswith(".index.json"):
-            shards = sorted(set(json.loads(Path(found).read_text())["weight_map"].values()))
-            return [Path(str(cached_file(base.path, shard, revision=base.revision))) for shard in shards]
-        if found:
-            return [Path(found)]
-    raise AdapterError(f"cannot find the weights of {base.path} to record their sha256; give a folder or Hub id that has them")
-
-
-# -------------------------------------------------------------------------------------------------------- quantisation
-
-
-def quantization(args: Any) -> dict[str, Any]:
-    """What the config asks the base to be quantised to; {} for as it is."""
-    if args.load_in_8bit:
-        return {"load_in_8bit": True}
-    if not args.load_in_4bit:
-        return {}
-    chosen = {"load_in_4bit": True, "bnb_4bit_quant_type": args.bnb_4bit_quant_type, "bnb_4bit_compute_dtype": args.dtype}
-    if args.dtype == "auto":
-        chosen["bnb_4bit_compute_dtype"] = "bfloat16" if args.bf16 else "float32"
-    chosen["bnb_4bit_use_double_quant"] = args.use_bnb_nested_quant
-    if args.bnb_4bit_quant_storage is not None:
-        chosen["bnb_4bit_quant_storage"] = args.bnb_4bit_quant_storage
-    return chosen
-
-
-def loading(chosen: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for a quantised base."""
-    if not chosen:
-        return {}
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise AdapterError("load_in_4bit and load_in_8bit need bitsandbytes; pip install 'rlhf[quant]', or leave them out")
-    device: Any = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-    return {"quantization_config": BitsAndBytesConfig(**chosen), "device_map": {"": device}}
 
 
 def settle_quantized(model: nn.Module) -> None:
@@ -240,20 +67,20 @@ def attach(model: Any, start: Start, args: Any, *, task: str, also: Sequence[str
         if start.adapter is None:
             return model
         found = _continue(model, start, task, also, trainable=False)
-        return found if getattr(model, "is_quantized", False) else found.merge_and_unload()
+        return found if getattr(model, "is_quantized", False) else found.merge_and_unload().requires_grad_(True)
     if start.adapter is not None:
         found = _continue(model, start, task, also, trainable=trainable)
     elif trainable:
         found = _new(model, args, task, also)
     else:
         return model.requires_grad_(False)  # the base with its adapter off
-    found.started_from, found.quantized_to = start.base, quantization(args)
+    found.started_from, found.quantized_to = start.base, quantization(args)  # for `records`
     if trainable and args.gradient_checkpointing:
         model.enable_input_require_grads()  # the embeddings are frozen, and a checkpointed layer needs an input with a gradient
     return found
 
 
-def _new(model: Any, args: Any, task: str, also: Sequence[str]) -> PeftModel:
+def _new(model: Any, args: Any, task: str, also: Sequence[str]) -> Any:
     check_modules(model, args)
     targets: Any = args.lora_target_modules
     config = LoraConfig(
@@ -269,20 +96,22 @@ def _new(model: Any, args: Any, task: str, also: Sequence[str]) -> PeftModel:
     return _inject(model, config)
 
 
-def _inject(model: Any, config: LoraConfig) -> PeftModel:
+def _inject(model: Any, config: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fan_in_fan_out of Conv1D, which peft sets right
         return get_peft_model(model, config)
 
 
-def _continue(model: Any, start: Start, task: str, also: Sequence[str], trainable: bool) -> PeftModel:
+def _continue(model: Any, start: Start, task: str, also: Sequence[str], trainable: bool) -> Any:
     """The adapter of `start` on its base; with a scalar head of its own where an SFT adapter becomes a reward model."""
     assert start.adapter is not None
     try:
         config = PeftConfig.from_pretrained(str(start.adapter))
         weights = load_peft_weights(str(start.adapter), device="cpu")
     except Exception as error:  # whatever safetensors and json raise at a broken file
-        raise AdapterError(f"cannot load the adapter in {start.adapter}: {' '.join(str(error).split())[:200]}") from None
+        raise AdapterError(
+            f"cannot load the adapter in {start.adapter}: {' '.join(str(error).split())[:200]}"
+        ) from None
     saved = list(dict.fromkeys([*also, *(config.modules_to_save or [])])) or None
     config.task_type, config.modules_to_save, config.inference_mode = TaskType(task), saved, False
     try:
@@ -297,7 +126,9 @@ def _continue(model: Any, start: Start, task: str, also: Sequence[str], trainabl
         ) from None
     wrong = sorted((own.keys() - new.keys()) ^ (weights.keys() - new.keys()))
     if wrong:
-        raise AdapterError(f"the adapter in {start.adapter} does not fit {start.base.name}: {wrong[0]} is in one of them only")
+        raise AdapterError(
+            f"the adapter in {start.adapter} does not fit {start.base.name}: {wrong[0]} is in one of them only"
+        )
     return found if trainable else found.requires_grad_(False)
 
 
@@ -326,7 +157,9 @@ def check_modules(model: Any, args: Any) -> None:
         tied = model.get_output_embeddings() is not None and getattr(model.config, "tie_word_embeddings", False)
         heads = (model.get_input_embeddings(), model.get_output_embeddings())
         if tied and any(m in heads for name, m in names.items() if name.endswith(wanted)):
-            raise AdapterError(f"lora_modules_to_save: {wanted} is tied to the other embedding and cannot be trained alone")
+            raise AdapterError(
+                f"lora_modules_to_save: {wanted} is tied to the other embedding and cannot be trained alone"
+            )
 
 
 def plain(model: Any) -> Any:
@@ -361,10 +194,6 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 # ------------------------------------------------------------------------------------------------------------- sharing
-
-
-class Bases(dict):  # type: ignore[type-arg]
-    """Bases by their sha256, each loaded once, as it came; models are twins of them."""
 
 
 def twin(model: Any, skeleton: Any = None) -> Any:
@@ -422,7 +251,7 @@ def save(model: Any, folder: Path, weights: Mapping[str, Tensor] | None = None) 
     config, base = model.peft_config["default"], getattr(model, "started_from", None)
     if base is not None:
         config.base_model_name_or_path, config.revision = base.path, base.revision
-    more = {} if weights is None else {"state_dict": weights}
+    more: dict[str, Any] = {} if weights is None else {"state_dict": weights}
     # An added PAD has a row of its own in the embeddings, which every load makes anew: no word of the text reads it.
     model.save_pretrained(str(folder), save_embedding_layers=False, **more)
     (folder / "README.md").unlink(missing_ok=True)
@@ -463,7 +292,8 @@ def describe(model: Any) -> str:
 
 def keep_only_trained(accelerator: Any, model: nn.Module) -> None:
     """Training checkpoints then hold what is trained, not the base; a resume over another base or adapter is refused."""
-    bases = {name: part.started_from.sha256 for name, part in model.named_children() if hasattr(part, "started_from")}
+    started = {name: getattr(part, "started_from", None) for name, part in model.named_children()}
+    bases = {name: base.sha256 for name, base in started.items() if isinstance(base, Base)}
     if not bases:
         return
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -476,18 +306,18 @@ def keep_only_trained(accelerator: Any, model: nn.Module) -> None:
 
     def read(models: list[Any], folder: str) -> None:
         models.clear()
-        from safetensors import safe_open
-
         try:
-            saved = load_file(Path(folder) / TRAINED)
             with safe_open(Path(folder) / TRAINED, "pt") as file:
+                saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 before = json.loads((file.metadata() or {}).get("bases", "{}"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise AdapterError(f"{folder} holds no trained adapters ({error}); start anew") from None
         different = [name for name, p in parameters.items() if name not in saved or saved[name].shape != p.shape]
         if before != bases or different or saved.keys() - parameters.keys():
             what = "other base weights" if before != bases else "other adapters"
-            raise AdapterError(f"{folder} was trained with {what}; set sft, reward model and adapters back, or start anew")
+            raise AdapterError(
+                f"{folder} was trained with {what}; set sft, reward model and adapters back, or start anew"
+            )
         with torch.no_grad():
             for name, p in parameters.items():
                 p.copy_(saved[name])
@@ -501,7 +331,15 @@ def check_resume(model: Any, checkpoint: Path | None) -> None:
     if checkpoint is None or not isinstance(model, PeftModel):
         return
     before, now = PeftConfig.from_pretrained(str(checkpoint)).to_dict(), model.peft_config["default"].to_dict()
-    names = ("r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora", "use_dora", "base_model_name_or_path")
+    names = (
+        "r",
+        "lora_alpha",
+        "target_modules",
+        "modules_to_save",
+        "use_rslora",
+        "use_dora",
+        "base_model_name_or_path",
+    )
     changed = [name for name in names if _unordered(before.get(name)) != _unordered(now.get(name))]
     if changed:
         told = ", ".join(f"{name} ({before.get(name)!r} -> {now.get(name)!r})" for name in changed)

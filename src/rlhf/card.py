@@ -269,17 +269,16 @@ def _loading_an_adapter(facts: Facts) -> str:
     if facts.stage == "rm":
         bias = float(base.get("reward_bias") or 0.0)
         call = "model(**tokenizer(prompt + answer + tokenizer.eos_token, return_tensors='pt')).logits[0, 0]"
-        parts.append(
-            f"The reward of an answer that has ended:\n\n{_fence(f'reward = {call}' + (f' + {bias!r}' if bias else ''), 'python')}"
-        )
+        reward = f"reward = {call}" + (f" + {bias!r}" if bias else "")
+        parts.append(f"The reward of an answer that has ended:\n\n{_fence(reward, 'python')}")
     if ref is not None:
         name = ref.ref if isinstance(ref, Artifact) else _shown(str(ref))
         at = f" at revision `{base['revision']}`" if base.get("revision") else ""
         parts.append(f"A LoRA adapter on `{name}`{at}, whose weights have sha256 `{base['sha256']}`.")
     if isinstance(ref, Artifact):
         parts.append(
-            "That base is a version of the same registry, and `adapter_config.json` holds its folder there: load it and give it to "
-            "`PeftModel.from_pretrained`, or merge the two with `rlhf registry merge`."
+            "That base is a version of the same registry, and `adapter_config.json` holds its folder there: load it and give it "
+            "to `PeftModel.from_pretrained`, or merge the two with `rlhf registry merge`."
         )
     if base.get("quantization"):
         bits = "4" if base["quantization"].get("load_in_4bit") else "8"

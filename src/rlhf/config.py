@@ -150,7 +150,8 @@ class AdapterArgs:
     lora_alpha: int = option(32, "a new adapter's output is scaled by lora_alpha / lora_r", ge=1)
     lora_dropout: float = option(0.05, "dropout before a new adapter; off in PPO", ge=0, lt=1)
     lora_target_modules: list[str] | None = option(
-        None, "modules that get an adapter, by the end of their names, or all-linear; default: peft's for the architecture"
+        None,
+        "modules that get an adapter, by the end of their names, or all-linear; default: peft's for the architecture",
     )
     lora_modules_to_save: list[str] | None = option(
         None, "modules trained whole beside the adapter; of a reward model its head and last norm always are"
@@ -169,7 +170,9 @@ class AdapterArgs:
             raise ConfigError("load_in_8bit and load_in_4bit exclude each other; choose one")
         if (self.load_in_8bit or self.load_in_4bit) and not self.use_peft:
             chosen = "load_in_8bit" if self.load_in_8bit else "load_in_4bit"
-            raise ConfigError(f"{chosen}: quantised weights cannot be trained themselves; add use_peft: true, or leave it out")
+            raise ConfigError(
+                f"{chosen}: quantised weights cannot be trained themselves; add use_peft: true, or leave it out"
+            )
 
 
 @dataclass

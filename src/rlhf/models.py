@@ -26,11 +26,16 @@ from transformers import (
 )
 
 from rlhf import RLHFError, adapters
+from rlhf.bases import Start, loading_quantized, quantization, start_of
 
 PAD_TOKEN = "<|pad|>"
 
 # Their logits are `lm_head(last hidden state)` and nothing else, so that single positions can be unembedded on their own.
 PLAIN_UNEMBEDDING = {"gpt2", "opt", "gpt_neo", "gpt_neox", "gptj", "bloom", "llama", "mistral", "qwen2", "qwen3", "phi"}
+
+
+# Bases that are loaded, by the sha256 of their weights: the model as it came, and the names of weights that it did not bring.
+Held = dict[str, tuple[Any, set[str]]]
 
 
 class ModelError(RLHFError):
@@ -67,14 +72,14 @@ def load_policy(
     resid_pdrop: float | None = None,
     peft: Any = None,
     trainable: bool = True,
-    bases: adapters.Bases | None = None,
+    bases: Held | None = None,
 ) -> Any:
     """A causal LM whose embeddings hold every token of `tokenizer`; `resid_pdrop` replaces its residual dropout.
 
-    peft: the stage's arguments where they say what is trained (`adapters.attach`); an adapter is merged into its base without them.
-    bases: what other models have loaded; the weights are then theirs.
+    peft: the stage's arguments, where they say what is trained (`adapters.attach`); without them an adapter is merged into its
+    base. bases: what other models have loaded; the weights are then theirs.
     """
-    start = adapters.start_of(path, revision)
+    start = start_of(path, revision)
     how = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     with _loading(path):
         config = AutoConfig.from_pretrained(
@@ -95,15 +100,15 @@ def load_scalar_model(
     trust_remote_code: bool = False,
     peft: Any = None,
     trainable: bool = True,
-    bases: adapters.Bases | None = None,
+    bases: Held | None = None,
 ) -> Any:
     """A model with one number a position: `score(last hidden state)`, by transformers' sequence-classification classes.
 
     new_head: the checkpoint is a causal LM, whose unembedding is replaced by a head with weight N(0, 1/sqrt(d + 1)) (Stiennon et
     al. 2020; InstructGPT C.2). Otherwise the checkpoint must bring its head. Dropout is off: a reward has one value. peft,
-    trainable, bases: as of load_policy; head and last norm are then trained whole, and where there is no new head it is the base's.
+    trainable, bases: as of load_policy; head and last norm are trained whole beside an adapter.
     """
-    start = adapters.start_of(path)
+    start = start_of(path)
     how = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     model: Any
     with _loading(path):
@@ -127,13 +132,13 @@ def load_scalar_model(
 
 
 def _load_base(
-    kind: Any, start: adapters.Start, config: Any, how: dict[str, Any], tokenizer: Any, peft: Any, bases: Any
+    kind: Any, start: Start, config: Any, how: dict[str, Any], tokenizer: Any, peft: Any, bases: Held | None
 ) -> tuple[Any, set[str]]:
     """The base of a model, at the tokenizer's size, and the names of weights that it did not bring.
 
     Where `bases` holds these weights, the model is a twin of what holds them.
     """
-    wanted = start.quantization if peft is None else adapters.quantization(peft)
+    wanted = start.quantization if peft is None else quantization(peft)
     if bases is not None and start.base.sha256 in bases:
         found = _twin(kind, bases[start.base.sha256], config, how)
         if found is not None:
@@ -145,7 +150,7 @@ def _load_base(
         revision=start.base.revision,
         output_loading_info=True,
         **how,
-        **adapters.loading(wanted),
+        **loading_quantized(wanted),
     )
     fit_vocabulary(model, tokenizer)
     adapters.settle_quantized(model)

@@ -31,6 +31,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from rlhf import RLHFError, adapters, diagnosis, objectives
 from rlhf.actors import ActorCritic, critic_source, distinct, load_models, refuse_other_tokenizers, reward_sources
+from rlhf.bases import check_optimizer, keep_embeddings_precise
 from rlhf.config import PPOArgs, to_dict
 from rlhf.data import fingerprint
 from rlhf.data.encode import blocks, encode_prompts
@@ -534,6 +535,7 @@ def optimizer_factory(args: PPOArgs) -> Callable[[ActorCritic], torch.optim.Opti
 
     Called before there is an Accelerator: TrainingArguments resets accelerate's state.
     """
+    check_optimizer(args.optim)
     try:
         chosen = TrainingArguments(
             output_dir=args.output_dir,
@@ -552,6 +554,8 @@ def optimizer_factory(args: PPOArgs) -> Callable[[ActorCritic], torch.optim.Opti
     def make(model: ActorCritic) -> torch.optim.Optimizer:
         rates = ((model.policy, args.learning_rate), (model.critic, args.critic_learning_rate))
         groups = [{"params": [p for p in part.parameters() if p.requires_grad], "lr": lr} for part, lr in rates]
+        if kwargs.get("optim_bits") == 8:
+            keep_embeddings_precise(model)
         return cls(groups, weight_decay=args.weight_decay, **kwargs)
 
     return make

@@ -474,8 +474,8 @@ class Draft:
     ) -> Artifact:
         """Make the folder the next version, all at once. `base_model` and revision come from the parents when None.
 
-        adapters: what each adapter in it stands on, by its folder ("." for the version's own): kind ("artifact", and then ref is an
-        Artifact, or "model"), ref, revision, sha256 of the base's weights.
+        adapters: what each adapter in it stands on, by its folder ("." for the version's own): kind ("artifact", and then ref is
+        an Artifact, or "model"), ref, revision, sha256 of the base's weights.
         """
         if self._published:
             raise RegistryError(f"the draft {self.path.name} of {self.run}/{self.stage} is published already")

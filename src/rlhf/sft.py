@@ -21,6 +21,7 @@ from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from rlhf import adapters
+from rlhf.bases import start_of
 from rlhf.config import SFTArgs
 from rlhf.data import fingerprint
 from rlhf.data.encode import blocks, encode_completions, encode_prompts
@@ -265,5 +266,5 @@ def load_policy_config(path: str, args: SFTArgs) -> Any:
     """The config of the checkpoint that training started from."""
     from transformers import AutoConfig
 
-    base = adapters.start_of(path, args.model_revision).base
+    base = start_of(path, args.model_revision).base
     return AutoConfig.from_pretrained(base.path, revision=base.revision, trust_remote_code=args.trust_remote_code)

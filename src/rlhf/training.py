@@ -26,6 +26,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from rlhf import RLHFError, adapters, card
+from rlhf.bases import check_optimizer
 from rlhf.config import StageArgs, TrainerArgs, to_dict
 from rlhf.data import load, split_by_key
 from rlhf.models import quiet
@@ -131,6 +132,7 @@ def trainer_arguments(
         "restore_callback_states_from_checkpoint": False,
     }
     values |= more
+    check_optimizer(args.optim)
     known = cls.__dataclass_fields__
     new_name = "activation_checkpointing" in known  # what transformers calls it since 5.20
     values["activation_checkpointing" if new_name else "gradient_checkpointing"] = args.gradient_checkpointing
@@ -451,9 +453,7 @@ def publish(
         bases = adapters.records(**models or {})
         card.write(draft.path, args.run_name, stage, **facts, extra=extra, adapters=bases)
         revision = args.model_revision if base_model else None
-        artifact = draft.publish(
-            **facts, base_revision=revision, device=device_summary(), extra=extra, adapters=bases
-        )
+        artifact = draft.publish(**facts, base_revision=revision, device=device_summary(), extra=extra, adapters=bases)
     synchronise()
     say(f"published {artifact.ref}  ({artifact.path})")
     return artifact
