@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -319,6 +321,37 @@ def test_gradient_checkpointing_gives_the_same_gradients(tmp_path, chains):
     assert found[0].keys() == found[1].keys() and found[0]
     for name, gradient in found[0].items():
         assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-8, msg=name)
+
+
+@pytest.mark.slow
+def test_one_base_takes_a_quarter_of_four_models_memory():
+    """25 M weights, adapters of rank 16; the losses of a whole PPO step are those of four models."""
+    program = [sys.executable, "benchmarks/memory_modes.py", "--json", "--modes", "four_models", "one_base"]
+    done = tiny.launch(program, PYTHONPATH=os.pathsep.join(sys.path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    one, four = found["modes"]["one_base"], found["modes"]["four_models"]
+    assert found["parameters"] > 25e6
+    assert four["weights_bytes"] > 4 * 4 * found["parameters"]  # the measure is not blind: four copies in float32
+    assert one["weights_bytes"] <= 0.4 * four["weights_bytes"]
+    for name in ("policy_loss", "value_loss", "score"):
+        assert one[name] == pytest.approx(four[name], abs=1e-4)
+    assert abs(four["policy_loss"]) > 1e-5
+
+
+@pytest.mark.parametrize("bits", [None, "4-bit", "8-bit"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_bfloat16_base_has_float32_adapters(tmp_path, bits, autocast):
+    registry = tiny.published(tmp_path, "base", architecture="opt")
+    changes = LORA | QUANTISED.get(bits, {}) | {"dtype": "bfloat16", "bf16": autocast}
+    on_the_cpu = {"training_arguments": {"use_cpu": True}}
+    sft.run(tiny.sft_args(tmp_path, **changes | on_the_cpu))
+    reward.run(tiny.reward_args(tmp_path, **changes | on_the_cpu))
+    line = tiny.history(ppo.run(ppo_args(tmp_path, **changes)))[0]
+    assert line["objective/kl"] == 0 and line["policy/first_ratio"] == pytest.approx(1, abs=1e-5)
+    for part in (".", "critic"):
+        saved = load_file(registry.require("ppo", "tiny").path / part / "adapter_model.safetensors")
+        assert {w.dtype for w in saved.values()} == {torch.float32}
 
 
 # -------------------------------------------------------------------------------------------------------- quantised

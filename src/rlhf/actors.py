@@ -59,6 +59,7 @@ class ActorCritic(nn.Module):
     def __init__(self, policy: Any, critic: Any):
         super().__init__()
         self.policy, self.critic = policy, critic
+        self.weight_bytes = 0  # of these two, reference and reward models together
 
     def forward(self, rows: Rows | None, temperature: float, banned: Tensor, text: Tensor | None = None) -> Any:
         """Log-probabilities and values [B, T] of the responses in `rows`; or log-probabilities [b, L-1] of raw text [b, L]."""
@@ -103,7 +104,8 @@ def load_models(
         for model in (policy, critic):
             model.gradient_checkpointing_enable()
     actor_critic = ActorCritic(policy, critic).to(accelerator.device)
-    tell_memory(args, policy, reference, critic, rewards)
+    actor_critic.weight_bytes = adapters.weight_bytes((policy, reference, critic, *rewards))
+    tell_memory(args, actor_critic)
     actors = Actors(
         policy=policy,
         reference=reference,
@@ -124,15 +126,14 @@ def spreads_weights(accelerator: Accelerator) -> bool:
     return deepspeed and accelerator.state.deepspeed_plugin.zero_stage == 3
 
 
-def tell_memory(args: PPOArgs, policy: Any, reference: Any, critic: Any, rewards: Sequence[Any]) -> None:
-    """Says how many bytes the weights take, and under `use_peft` which models stand on one base and which do not."""
-    size = adapters.weight_bytes((policy, reference, critic, *rewards))
-    say(f"weights in memory: {size:,} bytes in policy, reference, critic and {len(rewards)} reward models")
+def tell_memory(args: PPOArgs, model: ActorCritic) -> None:
+    """Says how many bytes the weights take, and under `use_peft` which bases they stand on."""
+    say(f"weights in memory: {model.weight_bytes:,} bytes in policy, reference, critic and reward models together")
     if not args.use_peft:
         return
-    for name, model in (("policy", policy), ("critic", critic)):
-        say(f"{name}: {adapters.describe(model)}")
-    ours, theirs = policy.started_from, critic.started_from
+    for name, part in (("policy", model.policy), ("critic", model.critic)):
+        say(f"{name}: {adapters.describe(part)}")
+    ours, theirs = model.policy.started_from, model.critic.started_from
     if args.share_base and ours.sha256 != theirs.sha256:
         say(
             f"two bases are held: the critic's, {theirs.name}, has other weights than the policy's, {ours.name}; to hold one, "

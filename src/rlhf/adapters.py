@@ -75,6 +75,8 @@ def attach(model: Any, start: Start, args: Any, *, task: str, also: Sequence[str
     else:
         return model.requires_grad_(False)  # the base with its adapter off
     found.started_from, found.quantized_to = start.base, quantization(args)  # for `records`
+    if trainable:
+        _train_in_float32(found)
     if trainable and args.gradient_checkpointing:
         model.enable_input_require_grads()  # the embeddings are frozen, and a checkpointed layer needs an input with a gradient
     return found
@@ -130,6 +132,19 @@ def _continue(model: Any, start: Start, task: str, also: Sequence[str], trainabl
             f"the adapter in {start.adapter} does not fit {start.base.name}: {wrong[0]} is in one of them only"
         )
     return found if trainable else found.requires_grad_(False)
+
+
+def _train_in_float32(model: nn.Module) -> None:
+    """Modules trained whole keep float32 weights on a 16-bit base, as peft does for adapters: small steps would be lost in 16."""
+    dtype = plain(model).dtype
+    for name, module in model.named_modules():
+        copied = trained(module)
+        if copied is module or all(p.dtype == torch.float32 for p in copied.parameters()):
+            continue
+        copied.float()
+        copied.register_forward_pre_hook(lambda module, inputs: tuple(x.float() for x in inputs))
+        if not name.endswith("score"):  # whose output is the value itself
+            copied.register_forward_hook(lambda module, inputs, output: output.to(dtype))
 
 
 def linear_modules(model: nn.Module) -> list[str]:
@@ -282,11 +297,10 @@ def records(**parts: Any) -> dict[str, dict[str, Any]]:
 def describe(model: Any) -> str:
     """An adapter in a line."""
     config = model.peft_config["default"]
-    size = sum(p.numel() for p in trained_parameters(model))
-    share = size / max(1, sum(p.numel() for p in model.parameters()))
+    size, everything = model.get_nb_trainable_parameters()
     return (
         f"LoRA of rank {config.r} on {', '.join(sorted(config.target_modules))} of {model.started_from.name}: "
-        f"{size:,} weights are trained ({share:.2%})"
+        f"{size:,} of {everything:,} weights are trained"
     )
 
 

@@ -635,6 +635,7 @@ def final_metrics(trainer: PPO, before: Rollout | None, held_out: Prompts) -> di
         "episodes": state.rollouts * trainer.args.batch_size,
         "rollouts": state.rollouts,
         "stopped": state.stopped if state.stopped != RUNNING else "all episodes done",
+        "weights_bytes": trainer.accelerator.unwrap_model(trainer.model).weight_bytes,
     }
     if before is None:
         return metrics
