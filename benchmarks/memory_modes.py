@@ -5,9 +5,10 @@
     python benchmarks/memory_modes.py --modes one_base four_models --json
 
 Random weights are published as an SFT model, a whole reward model and one that is an adapter are trained on it for a step by
-their stage, and PPO takes one rollout and its update in each mode. Bytes are those of the distinct storages of all parameters, buffers and
-quantisation constants of policy, reference, critic and reward model, by `rlhf.adapters.weight_bytes`; gradients and the
-optimiser's state are given beside them, activations are not counted. Everything runs on the CPU in float32, with one thread.
+their stage, and PPO takes one rollout and its update in each mode. Bytes are those of the distinct storages of all
+parameters, buffers and quantisation constants of policy, reference, critic and reward model, by
+`rlhf.adapters.weight_bytes`; gradients and the optimiser's state are given beside them, activations are not counted.
+Everything runs on the CPU in float32, with one thread.
 """
 
 import argparse
