@@ -11,8 +11,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf.bases import AdapterError, Base, Start, quantization
 
+_log = logging.getLogger(__name__)
 TRAINED = "adapters.safetensors"  # of a training checkpoint: the weights that are trained
 HEADS = {"score", "lm_head", "embed_out"}
 
@@ -63,6 +66,11 @@ def attach(model: Any, start: Start, args: Any, *, task: str, also: Sequence[str
     modules that are trained whole beside the adapter. What is trained is `requires_grad`; the result of training is a PeftModel.
     """
     settle_quantized(model)
+    if args is not None and start.adapter and dict(start.quantization or {}) != quantization(args):
+        _log.warning(
+            "the adapter in %s was trained on %s quantised as %s and is used on it quantised as %s: not quite the same model",
+            *(start.adapter, start.base.name, dict(start.quantization or {}) or "none", quantization(args) or "none"),
+        )
     if args is None or not args.use_peft:
         if start.adapter is None:
             return model
@@ -74,7 +82,10 @@ def attach(model: Any, start: Start, args: Any, *, task: str, also: Sequence[str
         found = _new(model, args, task, also)
     else:
         return model.requires_grad_(False)  # the base with its adapter off
-    found.started_from, found.quantized_to = start.base, quantization(args)  # for `records`
+    base, commit = start.base, getattr(model.config, "_commit_hash", None)
+    if base.artifact is None and commit is not None:  # a Hub id stands for other weights later, a commit does not
+        base = replace(base, revision=commit)
+    found.started_from, found.quantized_to = base, quantization(args)  # for `records`
     if trainable:
         _train_in_float32(found)
     if trainable and args.gradient_checkpointing:
@@ -298,8 +309,9 @@ def describe(model: Any) -> str:
     """An adapter in a line."""
     config = model.peft_config["default"]
     size, everything = model.get_nb_trainable_parameters()
+    targets = sorted({name.rpartition(".")[2] for name in config.target_modules})
     return (
-        f"LoRA of rank {config.r} on {', '.join(sorted(config.target_modules))} of {model.started_from.name}: "
+        f"LoRA of rank {config.r} on {', '.join(targets)} of {model.started_from.name}: "
         f"{size:,} of {everything:,} weights are trained"
     )
 

@@ -68,14 +68,15 @@ def start_of(path: str | Path, revision: str | None = None) -> Start:
     """What a folder or Hub id holds. Raises AdapterError where the base of an adapter is missing, or is another one now."""
     folder = _adapter_folder(path, revision)
     if folder is None:
-        return Start(Base(str(path), revision, _artifact(Path(path))))
+        where = str(Path(path).resolve()) if Path(path).is_dir() else str(path)
+        return Start(Base(where, revision, _artifact(Path(path))))
     recorded = _recorded(folder)
     if recorded is None:  # published by plain peft: it names its base, and has no record of its weights
         config = _read_config(folder)
-        where = config.get("base_model_name_or_path")
-        if not where:
+        name = config.get("base_model_name_or_path")
+        if not name:
             raise AdapterError(f"{folder / CONFIG} names no base model; set base_model_name_or_path")
-        return Start(Base(where, config.get("revision"), _artifact(Path(where))), folder)
+        return Start(Base(name, config.get("revision"), _artifact(Path(name))), folder)
     base = _find_base(folder, recorded)
     if base.sha256 != recorded["sha256"]:
         raise AdapterError(

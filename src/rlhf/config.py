@@ -162,7 +162,9 @@ class AdapterArgs:
     load_in_4bit: bool = option(False, "quantise the weights below the adapters to 4 bits (bitsandbytes)")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", "4-bit data type")
     use_bnb_nested_quant: bool = option(False, "quantise the constants of the 4-bit quantisation too")
-    bnb_4bit_quant_storage: str | None = option(None, "dtype that 4-bit weights are stored in; default: uint8")
+    bnb_4bit_quant_storage: Literal["uint8", "float16", "bfloat16", "float32"] | None = option(
+        None, "dtype that 4-bit weights are stored in; default: uint8"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]  # of the stage that this is mixed into
