@@ -190,6 +190,53 @@ def test_stages_without_use_peft_train_the_merged_weights(tmp_path, chains):
     registry.verify(artifact)
 
 
+def test_the_best_epoch_of_an_adapter_is_what_is_published(tmp_path, monkeypatch):
+    tiny.published(tmp_path, "base", "sft")
+    reward.run(tiny.reward_args(tmp_path, **LORA))
+    more = {"reward_model_path": "tiny/rm", "eval_fraction": 0.3, "response_length": 6, "max_steps": -1}
+    args = tiny.sft_args(tmp_path, num_train_epochs=3.0, **more, **LORA)
+    kept = {}
+    load_best = sft.ChooseByReward.load_best
+
+    def spy(self, model):
+        kept.update(load_file(self.folder / "adapter_model.safetensors"))
+        return load_best(self, model)
+
+    monkeypatch.setattr(sft.ChooseByReward, "load_best", spy)
+    # The first epoch is the best one, so that the weights at the end are not what is published.
+    found = iter([torch.tensor([2.0]), torch.tensor([1.0]), torch.tensor([0.0])])
+    monkeypatch.setattr(sft, "score_answers", lambda *args: next(found))
+    artifact = sft.run(args)
+    assert artifact.manifest["metrics"]["chosen_epoch"] == 1.0
+    published = load_file(artifact.path / "adapter_model.safetensors")
+    assert published.keys() == kept.keys()
+    assert all(torch.equal(published[name], kept[name]) for name in kept)
+
+
+def test_rewards_that_are_functions_train_a_critic_with_a_new_head(tmp_path, chains):
+    published_chain(tmp_path, chains)
+    more = {"reward_model_path": [], "reward_functions": ["test_ppo:count_the"]}
+    artifact = ppo.run(ppo_args(tmp_path, **more, **LORA))
+    assert {base["ref"] for base in artifact.adapters.values()} == {"tiny/base/v1"}
+    saved = load_file(artifact.path / "critic" / "adapter_model.safetensors")
+    assert saved["base_model.model.score.weight"].abs().max() > 0
+
+
+def test_a_later_round_trains_the_published_adapters_further(tmp_path, chains):
+    registry = published_chain(tmp_path, chains)
+    first = ppo.run(ppo_args(tmp_path, **LORA))
+    args = ppo_args(tmp_path, sft_model_path="tiny/ppo/v1", critic_path="tiny/ppo/v1", **LORA)
+    again = ppo.run(args)
+    assert {base["ref"] for base in again.adapters.values()} == {"tiny/base/v1"}
+    assert tiny.history(again)[0]["objective/kl"] == 0  # to the policy that it started from
+    name = "base_model.model.score.weight"
+    head = load_file(first.path / "critic" / "adapter_model.safetensors")[name]
+    tokenizer = models.load_tokenizer(first.path)
+    critic = models.load_scalar_model(first.path / "critic", tokenizer, peft=args)
+    assert torch.equal(adapters.trained(critic.score).weight, head)
+    registry.verify(again)
+
+
 def test_rank_stabilised_dora_and_chosen_modules(tmp_path):
     tiny.published(tmp_path, "base", architecture="opt")
     more = {"lora_target_modules": ["q_proj", "fc1"], "use_rslora": True, "use_dora": True}
@@ -405,6 +452,61 @@ def test_8_bit_optimisers_step_in_the_trainers(tmp_path, stage):
     assert (tiny.weights(artifact)["transformer.h.0.mlp.c_fc.weight"] - before).abs().max() > 1e-4
 
 
+# ---------------------------------------------------------------------------------------------------------- launches
+
+
+@pytest.mark.slow
+def test_two_processes_follow_one(tmp_path, chains):
+    registry = published_chain(tmp_path, chains)
+    args = ppo_args(tmp_path, batch_size=6, num_mini_batches=2, total_episodes=12, optim="sgd", **LORA)
+    alone = ppo.run(args)
+    config = tiny.write_config(tmp_path / "ppo.json", args)
+    command = [
+        tiny.program("accelerate"),
+        "launch",
+        "--quiet",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "scripts/ppo.py", "--config", config]
+    done = tiny.launch(command, ACCELERATE_USE_CPU="true", PYTHONPATH=os.pathsep.join(sys.path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    both = registry.require("ppo", "tiny")
+    assert both != alone
+    for part in (".", "critic", "ema"):
+        one, two = (load_file(a.path / part / "adapter_model.safetensors") for a in (alone, both))
+        assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_the_launches_that_plans_print_are_real(tmp_path, method):
+    """Their options, as `rlhf plan` prints them, through the stages; sizes and the CPU's precision are ours."""
+    from rlhf.config import parse
+    from rlhf.planning.memory import Job, Setup
+    from rlhf.planning.search import launch_command
+    from rlhf.planning.shapes import BUILT_IN
+
+    tiny.published(tmp_path, "base")
+    job = Job(BUILT_IN["gpt2"], BUILT_IN["gpt2"], gpus=1, ptx=False)
+    mine = {"sft": tiny.sft_args, "rm": tiny.reward_args, "ppo": ppo_args}
+    for stage, run in (("sft", sft.run), ("rm", reward.run), ("ppo", ppo.run)):
+        words = launch_command(stage, job, Setup("single", method, checkpointing=True, micro=2), 2).split()
+        options = words[words.index("RECIPE.yaml") + 1 :]
+        assert {"--use_peft", "--lora_r"} <= set(options) and ("--load_in_4bit" in options) == (method == "qlora")
+        config = tiny.write_config(tmp_path / f"{stage}.json", mine[stage](tmp_path))
+        parsed = parse({"rm": "reward"}.get(stage, stage), ["--config", config, *options])
+        sizes = {"max_length": 64} if stage != "ppo" else {"max_prompt_length": 16, "response_length": 6}
+        if stage == "ppo":
+            sizes |= {"batch_size": 8, "num_mini_batches": 2}
+        else:
+            sizes |= {"training_arguments": {"use_cpu": True}}
+        artifact = run(dataclasses.replace(parsed, **sizes))
+        assert artifact.adapters["."]["ref"] == "tiny/base/v1"
+
+
 # ----------------------------------------------------------------------------------------------------------- resume
 
 
@@ -514,6 +616,22 @@ def test_an_adapter_whose_base_is_missing_or_differs(tmp_path, chains):
         registry.verify("tiny/sft")
 
 
+def test_an_adapter_that_does_not_fit_its_base_is_refused(tmp_path, chains):
+    """Of another width, and of another architecture: as plain peft folders, which record no hash."""
+    registry = published_chain(tmp_path, chains)
+    outside = tmp_path / "adapter"
+    shutil.copytree(registry.require("sft", "tiny").path, outside)
+    (outside / "stage.json").unlink()
+    config = json.loads((outside / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(chains["opt"].require("base", "tiny").path)
+    (outside / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(RLHFError, match="does not fit"):
+        models.load_policy(outside, models.load_tokenizer(outside))
+    (outside / "adapter_model.safetensors").write_bytes(b"torn")
+    with pytest.raises(RLHFError, match="cannot load the adapter in"):
+        models.load_policy(outside, models.load_tokenizer(outside))
+
+
 def test_what_is_no_adapter_is_not_merged(tmp_path, capsys):
     registry = tiny.published(tmp_path, "base", "sft")
     assert cli.main(["registry", "merge", "tiny/sft", "--root", str(registry.root)]) == 2
@@ -530,7 +648,51 @@ def test_an_adapter_on_local_weights_is_merged_before_it_is_pushed(tmp_path, cha
     hub.refuse_local_bases(merging.merge(registry, "tiny/sft"))
 
 
+def test_a_version_from_elsewhere_finds_its_base_by_its_weights(tmp_path, chains):
+    """As `rlhf pull` brings one: here the base has another name."""
+    source = published_chain(tmp_path / "there", chains).require("sft", "tiny")
+    registry = Registry(tmp_path / "runs")
+    base = chains["gpt2"].require("base", "tiny")
+    with registry.draft("other", "base") as draft:
+        shutil.copytree(base.path, draft.path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("stage.json"))
+        draft.publish()
+    shutil.move(source.path, tmp_path / "runs" / ".pulled")
+    adopted = registry.adopt(tmp_path / "runs" / ".pulled", origin="user/name")
+    assert adopted.adapters["."]["ref"] == "other/base/v1"
+    registry.verify(adopted)
+    models.load_policy(adopted.path, models.load_tokenizer(adopted.path))
+
+
 # ------------------------------------------------------------------------------------------- bases outside the registry
+
+
+@pytest.mark.slow
+def test_a_base_on_the_hub_is_recorded_with_its_commit(tmp_path):
+    """A Hub cache as a download leaves it; the stages run offline over it, in processes of their own."""
+    registry = tiny.published(tmp_path, "base")
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--user--name"
+    snapshot = repository / "snapshots" / commit
+    shutil.copytree(registry.require("base", "tiny").path, snapshot, ignore=shutil.ignore_patterns("stage.json"))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    args = tiny.sft_args(tmp_path, model_name_or_path="user/name", **LORA)
+    config = tiny.write_config(tmp_path / "sft.json", args)
+    where = {"HF_HUB_CACHE": str(tmp_path / "hub"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = tiny.launch([sys.executable, "scripts/sft.py", "--config", config], **where)
+    assert done.returncode == 0, done.stderr[-2000:]
+    artifact = registry.require("sft", "tiny")
+    recorded = artifact.adapters["."]
+    assert (recorded["kind"], recorded["ref"], recorded["revision"]) == ("model", "user/name", commit)
+    assert recorded["sha256"] == registry.require("base", "tiny").weights_sha256
+    written = json.loads((artifact.path / "adapter_config.json").read_text())
+    assert (written["base_model_name_or_path"], written["revision"]) == ("user/name", commit)
+    header = (artifact.path / "README.md").read_text().split("---")[1]
+    assert "base_model: user/name" in header and "base_model_relation: adapter" in header
+    hub.refuse_local_bases(artifact)
+    load = "from peft import AutoPeftModelForCausalLM as M; import sys; M.from_pretrained(sys.argv[1]); print('loaded')"
+    done = tiny.launch([sys.executable, "-c", load, str(artifact.path)], **where)
+    assert "loaded" in done.stdout, done.stderr[-2000:]
 
 
 def test_a_base_outside_the_registry_is_recorded_by_its_files(tmp_path):

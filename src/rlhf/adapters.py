@@ -14,7 +14,6 @@ import json
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +81,7 @@ def attach(model: Any, start: Start, args: Any, *, task: str, also: Sequence[str
         found = _new(model, args, task, also)
     else:
         return model.requires_grad_(False)  # the base with its adapter off
-    base, commit = start.base, getattr(model.config, "_commit_hash", None)
-    if base.artifact is None and commit is not None:  # a Hub id stands for other weights later, a commit does not
-        base = replace(base, revision=commit)
-    found.started_from, found.quantized_to = base, quantization(args)  # for `records`
+    found.started_from, found.quantized_to = start.base.pinned(), quantization(args)  # for `records`
     if trainable:
         _train_in_float32(found)
     if trainable and args.gradient_checkpointing:

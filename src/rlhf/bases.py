@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from rlhf import RLHFError
 from rlhf.manifest import MANIFEST, file_sha256, weights_sha256
@@ -44,6 +45,14 @@ class Base:
         if self.artifact is not None:
             return self.artifact.weights_sha256
         return weights_sha256({file.name: {"sha256": file_sha256(file)} for file in _weight_files(self)})
+
+
+    def pinned(self) -> Base:
+        """With the commit for a revision, where it is a Hub id: that stands for other weights later."""
+        if self.artifact is not None or Path(self.path).exists():
+            return self
+        file = cached_file(self.path, "config.json", revision=self.revision, _raise_exceptions_for_missing_entries=False)
+        return replace(self, revision=extract_commit_hash(file, None) or self.revision)
 
 
 @dataclass(frozen=True)
