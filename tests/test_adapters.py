@@ -668,7 +668,7 @@ def test_a_version_from_elsewhere_finds_its_base_by_its_weights(tmp_path, chains
 
 @pytest.mark.slow
 def test_a_base_on_the_hub_is_recorded_with_its_commit(tmp_path):
-    """A Hub cache as a download leaves it; the stages run offline over it, in processes of their own."""
+    """A Hub cache as a download leaves it; the stage runs offline over it, in a process of its own."""
     registry = tiny.published(tmp_path, "base")
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "hub" / "models--user--name"
@@ -676,11 +676,14 @@ def test_a_base_on_the_hub_is_recorded_with_its_commit(tmp_path):
     shutil.copytree(registry.require("base", "tiny").path, snapshot, ignore=shutil.ignore_patterns("stage.json"))
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
-    args = tiny.sft_args(tmp_path, model_name_or_path="user/name", **LORA)
-    config = tiny.write_config(tmp_path / "sft.json", args)
-    where = {"HF_HUB_CACHE": str(tmp_path / "hub"), "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = tiny.launch([sys.executable, "scripts/sft.py", "--config", config], **where)
-    assert done.returncode == 0, done.stderr[-2000:]
+    config = tiny.write_config(tmp_path / "sft.json", tiny.sft_args(tmp_path, model_name_or_path="user/name", **LORA))
+    program = (
+        "import sys; from rlhf.cli import run_stage; run_stage('sft', ['--config', sys.argv[1]]);"
+        "from peft import AutoPeftModelForCausalLM as Plain; Plain.from_pretrained(sys.argv[2]); print('loaded by peft')"
+    )
+    command = [sys.executable, "-c", program, config, str(tmp_path / "runs" / "tiny" / "sft" / "v1")]
+    done = tiny.launch(command, HF_HUB_CACHE=str(tmp_path / "hub"), PYTHONPATH=os.pathsep.join(sys.path))
+    assert "loaded by peft" in done.stdout, done.stderr[-2000:]
     artifact = registry.require("sft", "tiny")
     recorded = artifact.adapters["."]
     assert (recorded["kind"], recorded["ref"], recorded["revision"]) == ("model", "user/name", commit)
@@ -690,9 +693,6 @@ def test_a_base_on_the_hub_is_recorded_with_its_commit(tmp_path):
     header = (artifact.path / "README.md").read_text().split("---")[1]
     assert "base_model: user/name" in header and "base_model_relation: adapter" in header
     hub.refuse_local_bases(artifact)
-    load = "from peft import AutoPeftModelForCausalLM as M; import sys; M.from_pretrained(sys.argv[1]); print('loaded')"
-    done = tiny.launch([sys.executable, "-c", load, str(artifact.path)], **where)
-    assert "loaded" in done.stdout, done.stderr[-2000:]
 
 
 def test_a_base_outside_the_registry_is_recorded_by_its_files(tmp_path):

@@ -46,12 +46,13 @@ class Base:
             return self.artifact.weights_sha256
         return weights_sha256({file.name: {"sha256": file_sha256(file)} for file in _weight_files(self)})
 
-
     def pinned(self) -> Base:
         """With the commit for a revision, where it is a Hub id: that stands for other weights later."""
         if self.artifact is not None or Path(self.path).exists():
             return self
-        file = cached_file(self.path, "config.json", revision=self.revision, _raise_exceptions_for_missing_entries=False)
+        file = cached_file(
+            self.path, "config.json", revision=self.revision, _raise_exceptions_for_missing_entries=False
+        )
         return replace(self, revision=extract_commit_hash(file, None) or self.revision)
 
 

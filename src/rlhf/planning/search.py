@@ -156,7 +156,9 @@ def _notes(stage: str, job: Job, setup: Setup, memory: Memory) -> list[str]:
     if setup.method != "full":
         found.append("activations as in full fine-tuning: an upper bound for adapters")
         if stage == "ppo":
-            found.append("two bases are counted; a reward model that is an adapter on the policy's base saves the critic's")
+            found.append(
+                "two bases are counted; a reward model that is an adapter on the policy's base saves the critic's"
+            )
     return found
 
 
