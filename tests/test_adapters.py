@@ -86,7 +86,7 @@ def test_the_adapters_of_a_run_stand_on_one_base(tmp_path, chains, architecture)
     registry = published_chain(tmp_path, chains, architecture)
     base = registry.require("base", "tiny")
     artifacts = [registry.require(stage, "tiny") for stage in ("sft", "rm")]
-    artifacts.append(ppo.run(ppo_args(tmp_path, **LORA)))
+    artifacts.append(ppo.run(ppo_args(tmp_path, ema_decay=1.0, **LORA)))  # the average stays where it started
     for artifact in artifacts:
         for part, recorded in artifact.adapters.items():
             assert (recorded["kind"], recorded["ref"]) == ("artifact", "tiny/base/v1")
@@ -103,6 +103,13 @@ def test_the_adapters_of_a_run_stand_on_one_base(tmp_path, chains, architecture)
         assert "library_name: peft" in card and "AutoPeftModel" in card and base.weights_sha256 in card
         assert list(artifact.path.rglob("README.md")) == [artifact.path / "README.md"]
     assert set(artifacts[2].adapters) == {".", "critic", "ema"}
+    start, last, average = (
+        load_file(path / "adapter_model.safetensors")
+        for path in (artifacts[0].path, artifacts[2].path, artifacts[2].path / "ema")
+    )
+    assert start.keys() == last.keys() == average.keys()
+    assert all(torch.equal(start[name], average[name]) for name in start)
+    assert any(not torch.equal(start[name], last[name]) for name in start)
     assert {p["ref"] for p in artifacts[2].parents} == {"tiny/sft/v1", "tiny/rm/v1"}
     assert registry.prunable(keep=1) == []  # the base is an ancestor of them all
 
@@ -320,6 +327,31 @@ def test_one_base_learns_what_four_models_learn(tmp_path, chains, architecture, 
         assert one["loss/value"] == pytest.approx(four["loss/value"], abs=1e-6)
         assert one["objective/scores"] == pytest.approx(four["objective/scores"], abs=1e-6)
     assert lines[True][1]["objective/kl_k3"] > 0
+
+
+def test_adapters_learn_what_a_rule_rewards(tmp_path, checkpoints):
+    args = ppo_args(
+        tmp_path,
+        sft_model_path=str(checkpoints["gpt2"]),
+        reward_model_path=[],
+        reward_functions=["test_ppo:count_the"],
+        missing_eos_penalty=None,
+        total_episodes=64 * 14,
+        batch_size=64,
+        per_device_train_batch_size=32,
+        per_device_rollout_batch_size=64,
+        num_ppo_epochs=2,
+        learning_rate=1e-2,
+        warmup_steps=0,
+        kl_coef=0.0,
+        ptx_coef=0.0,
+        ema_decay=None,
+        use_peft=True,
+        lora_target_modules=["all-linear"],
+    )
+    history = tiny.history(ppo.run(args))
+    start, end = history[0]["objective/scores"], history[-1]["objective/scores"]
+    assert end > start + 0.5, f"{start} -> {end}"
 
 
 def test_a_whole_reward_model_is_critic_and_reward_with_the_adapter_off(tmp_path):
