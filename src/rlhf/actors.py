@@ -11,9 +11,17 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from rlhf import adapters, objectives
+from rlhf import adapters
 from rlhf.config import PPOArgs
-from rlhf.models import banned_ids, load_policy, load_scalar_model, logits_at, switch_off_dropout, values_at
+from rlhf.models import (
+    banned_ids,
+    compile_layers,
+    load_policy,
+    load_scalar_model,
+    logprobs_at,
+    switch_off_dropout,
+    values_at,
+)
 from rlhf.registry import Artifact, Registry
 from rlhf.rewards import Reward, function_reward, model_reward
 from rlhf.rollout import Actors, Rows, response_logp
@@ -64,13 +72,12 @@ class ActorCritic(nn.Module):
     def forward(self, rows: Rows | None, temperature: float, banned: Tensor, text: Tensor | None = None) -> Any:
         """Log-probabilities and values [B, T] of the responses in `rows`; or log-probabilities [b, L-1] of raw text [b, L]."""
         if text is not None:
-            everything = torch.ones_like(text, dtype=torch.bool)
-            everything[:, -1] = False
-            logits = logits_at(self.policy, text, torch.ones_like(text), everything)
-            return objectives.token_logprobs(logits[None], text[:, 1:].reshape(1, -1)).view(text.shape[0], -1)
+            places = torch.arange(text.numel(), device=text.device).view(text.shape)[:, :-1].flatten()
+            logp = logprobs_at(self.policy, text, torch.ones_like(text), places, text[:, 1:].flatten())
+            return logp.view(text.shape[0], -1)
         assert rows is not None
         logp = response_logp(self.policy, rows, temperature, banned)
-        values = values_at(self.critic, rows.ids, rows.attention, rows.where)
+        values = values_at(self.critic, rows.ids, rows.attention, rows.place)
         return rows.fill(logp), rows.fill(values)
 
 
@@ -103,6 +110,9 @@ def load_models(
     if args.gradient_checkpointing:
         for model in (policy, critic):
             model.gradient_checkpointing_enable()
+    if args.torch_compile:
+        for model in (policy, reference, critic):  # the reference too, so that KL is 0 at the start
+            compile_layers(model)
     actor_critic = ActorCritic(policy, critic).to(accelerator.device)
     actor_critic.weight_bytes = adapters.weight_bytes((policy, reference, critic, *rewards))
     tell_memory(args, actor_critic)

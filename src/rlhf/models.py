@@ -24,9 +24,12 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf import RLHFError, adapters
 from rlhf.bases import Start, loading_quantized, quantization, start_of
+from rlhf.objectives import token_logprobs
+from rlhf.unembed import logprobs, low_precision_of
 
 PAD_TOKEN = "<|pad|>"
 
@@ -239,6 +242,26 @@ def switch_off_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def compile_layers(model: nn.Module) -> None:
+    """Compiles each transformer layer with torch.compile, in place: names and weights stay as they are.
+
+    Layers of a model are one piece of code, compiled once and again where a shape changes for the first time; a whole model
+    would be compiled anew for each number of positions that are read.
+    """
+    # One entry for each kind of call (policy, critic; with gradient, without; fixed and changing shapes), not for each layer.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile()
+
+
+def eagerly(model: nn.Module) -> contextlib.AbstractContextManager:
+    """A context in which compiled layers run as they were written: with a cache each step would be compiled anew."""
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
+
+
 def fit_vocabulary(model: Any, tokenizer: Any) -> None:
     """Grows the embeddings to the tokenizer, and never shrinks them; the model's special ids become the tokenizer's.
 
@@ -277,35 +300,84 @@ def accepts(model: Any, argument: str) -> bool:
     return argument in inspect.signature(adapters.plain(model).forward).parameters
 
 
+def causal_mask(model: Any, attention_mask: Tensor) -> Tensor:
+    """The mask [B, L] of right-padded rows as the model shall get it.
+
+    A causal model's real tokens never see the padding behind them. So on CUDA the mask is left empty where positions do not
+    come from it, and attention runs as PyTorch's causal kernel (FlashAttention) instead of one that reads a mask [B, 1, L, L].
+    """
+    if attention_mask.is_cuda and model.config.model_type in PLAIN_UNEMBEDDING - {"bloom"}:
+        return torch.ones_like(attention_mask, dtype=torch.long)
+    return attention_mask.long()
+
+
 def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Last hidden states [B, L, H] of right-padded rows [B, L]."""
+    """Last hidden states [B, L, H] of right-padded rows [B, L]; those of padding mean nothing."""
     model = adapters.plain(model)
     backbone = getattr(model, model.base_model_prefix)
-    return backbone(input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False).last_hidden_state
+    mask = causal_mask(model, attention_mask)
+    return backbone(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+
+def pick(states: Tensor, where: Tensor) -> Tensor:
+    """The states [N, ...] of [B, L, ...] at a mask [B, L], or at places [N] in the flattened rows (no wait for the GPU)."""
+    return states[where] if where.dtype == torch.bool else states.flatten(0, 1)[where]
 
 
 def logits_at(model: Any, input_ids: Tensor, attention_mask: Tensor, where: Tensor) -> Tensor:
-    """Logits [N, V] of the N positions where `where` [B, L] is True.
+    """Logits [N, V] of the N positions `where`: a mask [B, L], or places [N] in the flattened rows.
 
     Only these positions pass the unembedding: prompts and padding cost no V-wide row.
     """
     if model.config.model_type in PLAIN_UNEMBEDDING:
-        return model.get_output_embeddings()(hidden_states(model, input_ids, attention_mask)[where])
-    return model(input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False).logits[where]
+        return model.get_output_embeddings()(pick(hidden_states(model, input_ids, attention_mask), where))
+    return pick(model(input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False).logits, where)
+
+
+def logprobs_at(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    where: Tensor,
+    tokens: Tensor,
+    temperature: float = 1.0,
+    banned: Tensor | None = None,
+) -> Tensor:
+    """Log-probability [N] in nats of `tokens` [N] after the N positions `where`, among the ids that are not banned.
+
+    In float32; models in low precision take the unembedding by `rlhf.unembed`, without its rounding and its memory.
+    """
+    if model.config.model_type in PLAIN_UNEMBEDDING:
+        head = model.get_output_embeddings()
+        dtype = low_precision_of(head)
+        if dtype is not None:
+            states = pick(hidden_states(model, input_ids, attention_mask), where)
+            out = tokens.new_empty(0) if banned is None else banned
+            return logprobs(states, head.weight, tokens, temperature, out, dtype)
+    logits = logits_at(model, input_ids, attention_mask, where)
+    if banned is not None:
+        logits = logits.index_fill(-1, banned, float("-inf"))
+    return token_logprobs(logits[None], tokens[None], temperature)[0]
 
 
 def values_at(model: Any, input_ids: Tensor, attention_mask: Tensor, where: Tensor) -> Tensor:
-    """The scalar head's output [N] at the N positions where `where` [B, L] is True."""
-    hidden = hidden_states(model, input_ids, attention_mask)[where]
-    values = model.score(hidden).squeeze(-1).float()
+    """The scalar head's output [N] at the N positions `where`: a mask [B, L], or places [N] in the flattened rows."""
+    values = scalar_head(model, pick(hidden_states(model, input_ids, attention_mask), where))
     return values + getattr(model.config, "reward_bias", 0.0)
+
+
+def scalar_head(model: Any, hidden: Tensor) -> Tensor:
+    """One number [N] of hidden states [N, H], in the head's own precision also under autocast: bfloat16 has 8 bits."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        dtype = next(adapters.trained(model.score).parameters()).dtype
+        return model.score(hidden.to(dtype)).squeeze(-1).float()
 
 
 def scalar_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """The reward [B] of right-padded rows [B, L], read at the last real token (by the mask, never by comparing ids)."""
-    length = attention_mask.long().sum(dim=1, keepdim=True)
-    position = torch.arange(input_ids.shape[1], device=input_ids.device)
-    return values_at(model, input_ids, attention_mask, position == length - 1)
+    last = attention_mask.long().sum(dim=1) - 1
+    place = torch.arange(len(input_ids), device=input_ids.device) * input_ids.shape[1] + last
+    return values_at(model, input_ids, attention_mask, place)
 
 
 def add_reward_bias(model: Any, bias: float) -> str:

@@ -51,6 +51,7 @@ from rlhf.training import (
     log_folder,
     mark_complete,
     needs_gloo,
+    optimizer_name,
     publish,
     resolve,
     say,
@@ -374,8 +375,8 @@ class PPO:
             if real:
                 largest = float(objectives.ratio_max(logp, old, mask))
                 sums["policy/ratio_max"] = max(sums.get("policy/ratio_max", 0.0), largest)
-            for name, tensor in parts.items():
-                sums[name] = sums.get(name, 0.0) + float(tensor)
+            for name, figure in zip(parts, torch.stack([part.double() for part in parts.values()]).tolist()):
+                sums[name] = sums.get(name, 0.0) + figure
         return (policy + args.vf_coef * value) * self.accelerator.num_processes
 
     def pretraining_objective(self, text: Tensor, count: int, sums: dict[str, float]) -> Tensor:
@@ -539,7 +540,7 @@ def optimizer_factory(args: PPOArgs) -> Callable[[ActorCritic], torch.optim.Opti
     try:
         chosen = TrainingArguments(
             output_dir=args.output_dir,
-            optim=args.optim,
+            optim=optimizer_name(args),
             adam_beta1=args.adam_beta1,
             adam_beta2=args.adam_beta2,
             adam_epsilon=args.adam_epsilon,

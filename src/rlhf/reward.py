@@ -24,7 +24,15 @@ from rlhf.config import RewardArgs
 from rlhf.data import fingerprint, load
 from rlhf.data.encode import encode_completions, encode_prompts, pad
 from rlhf.evaluation import ranking_metrics
-from rlhf.models import accepts, add_reward_bias, context_length, load_scalar_model, load_tokenizer
+from rlhf.models import (
+    accepts,
+    add_reward_bias,
+    compile_layers,
+    context_length,
+    load_scalar_model,
+    load_tokenizer,
+    scalar_head,
+)
 from rlhf.objectives import ranking_loss
 from rlhf.registry import Artifact, Registry
 from rlhf.training import (
@@ -65,6 +73,8 @@ def run(args: RewardArgs) -> Artifact | None:
             peft=args,
         )
         adapters.check_resume(model, resume)
+        if args.torch_compile:
+            compile_layers(model)
         comparisons, held_out = load_splits(args, "comparisons")
         limit = min(args.max_length, context_length(model) or args.max_length)
         train = encode(tokenizer, comparisons, limit)
@@ -180,7 +190,7 @@ def forward_scores(
     model = adapters.plain(model)
     backbone = getattr(model, model.base_model_prefix)
     hidden = backbone(input_ids=input_ids, attention_mask=mask, use_cache=False, **extra).last_hidden_state
-    return model.score(hidden.flatten(0, 1)[read]).squeeze(-1).float()
+    return scalar_head(model, hidden.flatten(0, 1)[read])
 
 
 def segment_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:

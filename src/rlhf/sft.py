@@ -26,7 +26,16 @@ from rlhf.config import SFTArgs
 from rlhf.data import fingerprint
 from rlhf.data.encode import blocks, encode_completions, encode_prompts
 from rlhf.evaluation import answer, score_answers
-from rlhf.models import accepts, context_length, load_policy, load_scalar_model, load_tokenizer, quiet
+from rlhf.models import (
+    accepts,
+    causal_mask,
+    compile_layers,
+    context_length,
+    load_policy,
+    load_scalar_model,
+    load_tokenizer,
+    quiet,
+)
 from rlhf.registry import Artifact, Registry
 from rlhf.training import (
     MarkComplete,
@@ -67,6 +76,8 @@ def run(args: SFTArgs) -> Artifact | None:
         adapters.check_resume(model, resume)
         if args.packing:
             refuse_leaking_packing(model)
+        if args.torch_compile:
+            compile_layers(model)
         demonstrations, held_out = load_splits(args, "demonstrations")
         limit = min(args.max_length, context_length(model) or args.max_length)
         data = [fingerprint(demonstrations)]
@@ -221,6 +232,7 @@ class CompletionTrainer(SFTTrainer):
         targets = inputs["labels"][:, 1:]
         keep = (targets != -100).any(dim=0).nonzero().squeeze(-1)
         plain = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+        plain["attention_mask"] = causal_mask(self.model, plain["attention_mask"])
         logits = model(**plain, logits_to_keep=keep, use_cache=False).logits
         total = cross_entropy(
             logits.flatten(0, 1).float(), targets[:, keep].flatten(), ignore_index=-100, reduction="sum"

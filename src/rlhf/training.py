@@ -104,7 +104,6 @@ SHARED = [
     "adam_beta2",
     "adam_epsilon",
     "max_grad_norm",
-    "optim",
     "bf16",
     "logging_steps",
     "save_total_limit",
@@ -121,6 +120,7 @@ def trainer_arguments(
     values: dict[str, Any] = {name: getattr(args, name) for name in SHARED}
     values |= {
         "output_dir": str(work),
+        "optim": optimizer_name(args),
         "lr_scheduler_kwargs": args.scheduler_kwargs,
         "report_to": trackers(args) or "none",
         "eval_strategy": _eval_strategy(args),
@@ -145,6 +145,11 @@ def trainer_arguments(
         return cls(**values | args.training_arguments)
     except (ValueError, TypeError) as error:
         raise TrainingError(f"{cls.__name__}: {' '.join(str(error).split())}") from error
+
+
+def optimizer_name(args: StageArgs) -> str:
+    """transformers' name of the optimiser: AdamW's fused kernels where there is CUDA."""
+    return "adamw_torch_fused" if args.optim == "adamw_torch" and torch.cuda.is_available() else args.optim
 
 
 def log_folder(work: Path) -> Path:
