@@ -59,6 +59,7 @@ def can_preallocate(policy: Any) -> bool:
         accepts(policy, "position_ids")
         and policy.config.model_type in PLAIN_UNEMBEDDING - {"gpt_neo"}  # which has local layers without saying so
         and policy.config._attn_implementation in ("sdpa", "eager")
+        and not getattr(policy, "is_quantized", False)  # whose layers may wait for the CPU, which no recording can
         and not any(hasattr(parameter, "ds_id") for parameter in policy.parameters())
         and all(type(layer) is DynamicLayer for layer in DynamicCache(config=policy.config).layers)
     )

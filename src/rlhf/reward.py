@@ -19,6 +19,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer, set_seed
 
+from rlhf import adapters
 from rlhf.config import RewardArgs
 from rlhf.data import fingerprint, load
 from rlhf.data.encode import encode_completions, encode_prompts, pad
@@ -69,7 +70,9 @@ def run(args: RewardArgs) -> Artifact | None:
             dtype=args.dtype,
             attn_implementation=args.attn_implementation,
             trust_remote_code=args.trust_remote_code,
+            peft=args,
         )
+        adapters.check_resume(model, resume)
         if args.torch_compile:
             compile_layers(model)
         comparisons, held_out = load_splits(args, "comparisons")
@@ -108,6 +111,7 @@ def run(args: RewardArgs) -> Artifact | None:
             data=[fingerprint(comparisons)],
             metrics=metrics,
             history=trainer.state.log_history,
+            models={"here": model},
         )
 
 
@@ -183,6 +187,7 @@ def forward_scores(
     """Rewards [N] of the completions that end at `read`. Bound to the model as its forward, so that its engine sees the call."""
     mask = attention_mask.long() if segments is None else segment_mask(segments, model.dtype)
     extra = {} if position_ids is None else {"position_ids": position_ids}
+    model = adapters.plain(model)
     backbone = getattr(model, model.base_model_prefix)
     hidden = backbone(input_ids=input_ids, attention_mask=mask, use_cache=False, **extra).last_hidden_state
     return scalar_head(model, hidden.flatten(0, 1)[read])

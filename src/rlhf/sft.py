@@ -20,6 +20,8 @@ from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from rlhf import adapters
+from rlhf.bases import start_of
 from rlhf.config import SFTArgs
 from rlhf.data import fingerprint
 from rlhf.data.encode import blocks, encode_demonstrations
@@ -69,7 +71,9 @@ def run(args: SFTArgs) -> Artifact | None:
             attn_implementation=args.attn_implementation,
             trust_remote_code=args.trust_remote_code,
             resid_pdrop=args.resid_pdrop,
+            peft=args,
         )
+        adapters.check_resume(model, resume)
         if args.packing:
             refuse_leaking_packing(model)
         if args.torch_compile:
@@ -79,14 +83,15 @@ def run(args: SFTArgs) -> Artifact | None:
         data = [fingerprint(demonstrations)]
         train = with_pretraining_mix(args, tokenizer, encode(args, tokenizer, demonstrations, limit), limit, data)
         evaluation = held_out_or_none(training_args, encode(args, tokenizer, held_out, limit, needed=False))
-        trainer = CompletionTrainer(
-            model=model,
-            args=training_args,
-            train_dataset=train,
-            eval_dataset=evaluation,
-            processing_class=tokenizer,
-            callbacks=[MarkComplete()],
-        )
+        with adapters.precision_kept(model):
+            trainer = CompletionTrainer(
+                model=model,
+                args=training_args,
+                train_dataset=train,
+                eval_dataset=evaluation,
+                processing_class=tokenizer,
+                callbacks=[MarkComplete()],
+            )
         chooser = choose_by_reward(args, registry, work, tokenizer, held_out, base)
         if chooser is not None:
             trainer.add_callback(chooser)
@@ -108,6 +113,7 @@ def run(args: SFTArgs) -> Artifact | None:
             data=data,
             metrics=metrics,
             history=trainer.state.log_history,
+            models={"here": model},
         )
 
 
@@ -174,7 +180,7 @@ class ChooseByReward(TrainerCallback):
         state.log_history.append({"epoch": state.epoch, "step": state.global_step, "eval_reward": score})
         if state.is_world_process_zero and score > self.best().get("eval_reward", float("-inf")):
             with quiet():
-                model.save_pretrained(self.folder)
+                adapters.save(model, self.folder)
             (self.folder / "best.json").write_text(json.dumps({"eval_reward": score, "epoch": state.epoch}))
 
     def best(self) -> dict[str, Any]:
@@ -184,7 +190,10 @@ class ChooseByReward(TrainerCallback):
     def load_best(self, model: Any) -> dict[str, Any]:
         """Puts the chosen weights into `model`; their score and epoch."""
         synchronise()
-        model.load_state_dict(load_policy(self.folder, self.tokenizer).state_dict())
+        if self.args.use_peft:
+            adapters.restore(model, self.folder)
+        else:
+            model.load_state_dict(load_policy(self.folder, self.tokenizer).state_dict())
         return {f"chosen_{name}": value for name, value in self.best().items()}
 
 
@@ -254,7 +263,7 @@ def refuse_leaking_packing(model: Any) -> None:
 
 def restore_dropout(model: Any, path: str, args: SFTArgs) -> None:
     """The published config has the checkpoint's own dropout again: later stages decide theirs."""
-    if args.resid_pdrop is None:
+    if args.resid_pdrop is None or args.use_peft:
         return
     original = load_policy_config(path, args)
     for name in ("resid_pdrop", "dropout"):
@@ -266,4 +275,5 @@ def load_policy_config(path: str, args: SFTArgs) -> Any:
     """The config of the checkpoint that training started from."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(path, revision=args.model_revision, trust_remote_code=args.trust_remote_code)
+    base = start_of(path, args.model_revision).base
+    return AutoConfig.from_pretrained(base.path, revision=base.revision, trust_remote_code=args.trust_remote_code)

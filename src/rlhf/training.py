@@ -25,7 +25,8 @@ from filelock import FileLock, Timeout
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from rlhf import RLHFError, card
+from rlhf import RLHFError, adapters, card
+from rlhf.bases import check_optimizer
 from rlhf.config import StageArgs, TrainerArgs, to_dict
 from rlhf.data import load, split_by_key
 from rlhf.models import quiet
@@ -131,6 +132,7 @@ def trainer_arguments(
         "restore_callback_states_from_checkpoint": False,
     }
     values |= more
+    check_optimizer(args.optim)
     known = cls.__dataclass_fields__
     new_name = "activation_checkpointing" in known  # what transformers calls it since 5.20
     values["activation_checkpointing" if new_name else "gradient_checkpointing"] = args.gradient_checkpointing
@@ -428,8 +430,11 @@ def publish(
     metrics: dict[str, Any] | None = None,
     history: Sequence[dict[str, Any]] = (),
     extra: dict[str, Any] | None = None,
+    models: dict[str, Any] | None = None,
 ) -> Artifact | None:
     """A new version of `stage`: `save(folder)` writes the weights and tokenizer, the rest is recorded beside them.
+
+    models: those that may be adapters, by their folder in the version (`here` for its own), so that their bases are recorded.
 
     Called by every process, since gathering sharded weights takes all of them; the first one writes and gets the artifact.
     `save` is called with None on the others.
@@ -450,9 +455,10 @@ def publish(
             "data": list(data),
             "metrics": metrics or {},
         }
-        card.write(draft.path, args.run_name, stage, **facts, extra=extra)
+        bases = adapters.records(**models or {})
+        card.write(draft.path, args.run_name, stage, **facts, extra=extra, adapters=bases)
         revision = args.model_revision if base_model else None
-        artifact = draft.publish(**facts, base_revision=revision, device=device_summary(), extra=extra)
+        artifact = draft.publish(**facts, base_revision=revision, device=device_summary(), extra=extra, adapters=bases)
     synchronise()
     say(f"published {artifact.ref}  ({artifact.path})")
     return artifact
@@ -472,7 +478,7 @@ def saver(accelerator: Any, model: Any, tokenizer: Any) -> Any:
         state = accelerator.get_state_dict(model)
         if folder is not None:
             with quiet():
-                accelerator.unwrap_model(model).save_pretrained(folder, state_dict=state)
+                adapters.save(accelerator.unwrap_model(model), folder, state)
                 tokenizer.save_pretrained(folder)
 
     return save
