@@ -2,15 +2,22 @@
 
 import hashlib
 import json
+import random
+import re
 import subprocess
 import sys
-from collections import Counter
+from array import array
+from collections import Counter, defaultdict
 from pathlib import Path
+from xml.etree import ElementTree
 
+import datasets
+import numpy as np
 import pytest
 
 from rlhf import cli, data_cli
-from rlhf.data import DataError, clean, fingerprint, load, split_by_key
+from rlhf.data import DataError, clean, duplicates, fingerprint, load, split_by_key
+from rlhf.data_page import histogram
 
 ROOT = Path(__file__).resolve().parents[1]
 OFF = {"max_length": 0, "personal_data": "keep", "prefix": 0, "minhash": 0, "per_user": 0, "leakage": False}
@@ -96,6 +103,13 @@ DISTINCT = ["I need two sentences about Pell.", "I need two sentences about Mira
         ("Name a category", "Name a cat", None),
         ("Hi.", "Hi. " + LONG, None),  # less than half of it
         (LONG + "Then it eats.", LONG + " ".join(f"A{n}" for n in range(60)), None),
+        ("请写一首关于春天的诗。", "请写一首关于春天的诗。谢谢！", "prefix"),
+        ("请写一首关于春天的诗。", "请写一首关于秋天的诗。", None),
+        (
+            "写一个故事，" + "讲一只猫住在山上的小屋里。" * 2 + "它每天都下山去看海",
+            "请" * 3 + "写一个故事，" + "讲一只猫住在山上的小屋里。" * 2 + "它每天都下山去看海",
+            "minhash",
+        ),
     ],
 )
 def test_near_duplicates(first, second, reason):
@@ -111,6 +125,47 @@ def test_near_duplicates_by_minhash_are_those_above_the_threshold():
     index.add(" ".join(words))
     assert index.match(" ".join([*"abcde", *words[5:]])) == "minhash"  # 93/103 = 0.903
     assert index.match(" ".join([*"abcdef", *words[6:]])) is None  # 92/104 = 0.885
+
+
+def test_bands_find_what_a_comparison_of_all_pairs_finds():
+    """Over several doublings of the tables. Jaccard similarities here are 1, at least 0.94, or below 0.6."""
+    rng = random.Random(0)
+    words = [f"w{n}" for n in range(40)]
+    texts, sizes, having = [], [], defaultdict(list)  # of kept texts: how many triples, and which have a triple
+    index = clean.PromptIndex(prefix=0, minhash=0.9)
+    for n in range(3000):
+        text = rng.choices(words, k=100)
+        if n % 3 == 2:
+            text = ["so", *rng.choice(texts)]
+        texts.append(text)
+        triples = {tuple(text[k : k + 3]) for k in range(len(text) - 2)}
+        shared = Counter(place for triple in triples for place in having[triple])
+        similar = any(n >= 0.9 * (len(triples) + sizes[place] - n) for place, n in shared.items())
+        assert (index.match(" ".join(text)) is not None) == similar, n
+        if not similar:
+            for triple in triples:
+                having[triple].append(len(sizes))
+            sizes.append(len(triples))
+            index.add(" ".join(text))
+    assert len(index.bands.hashes) == 2048 and len(sizes) == 2000
+
+
+def test_every_prompt_of_a_full_slot_is_found(monkeypatch):
+    """Forty hashes for 1,500 prompts, over two doublings: each chain has some 37 prompts, of any age."""
+    monkeypatch.setattr(
+        duplicates.Bands, "_hashes_of", lambda bands, key: np.full(bands.count, int(key.text[:2]), dtype=np.uint32)
+    )
+    index, rng = clean.PromptIndex(prefix=0, minhash=0.9), random.Random(0)
+    texts = [f"{10 + n % 40} " + " ".join(rng.choices("abcdefghij", k=60)) for n in range(1500)]
+    for text in texts:
+        assert index.match(text) is None
+        index.add(text)
+    assert all(index.match(text + " more") == "minhash" for text in texts)
+
+
+def test_length_counts_the_words_of_every_script():
+    count = clean.length_counter(None)
+    assert [count(text) for text in ("two words.", "春天来了。", "ไทย", "한국어 말")] == [3, 5, 3, 2]
 
 
 def test_a_duplicate_is_found_among_many_with_the_same_beginning():
@@ -144,6 +199,10 @@ def test_rankings_of_one_prompt_are_kept_and_a_repeated_record_is_not(prepared):
         ("Regards, Ann Lee", "Regards, Ann Lee"),
         ("Card 4111 1111 1111 1112, pi 3.1415926535, on 2024-01-02 12:00", None),
         ("a@b, @home, 12:30-14:00, 1000000 times", None),
+        ("我的邮箱是ann@lee.org谢谢", "我的邮箱是[EMAIL]谢谢"),
+        ("卡号4111111111111111，身份证11010519491231002X号", "卡号[CARD]，身份证[ID]号"),
+        ("IBAN：GB82WEST12345698765432。致电+86 139 1234 5678吧", "IBAN：[IBAN]。致电[PHONE]吧"),
+        ("身份证110105194912310021号", None),
     ],
 )
 def test_personal_data_is_masked(text, wanted):
@@ -153,7 +212,7 @@ def test_personal_data_is_masked(text, wanted):
 def test_long_text_without_spaces_takes_no_long_time():
     for text in ("a" * 300_000, "1" * 300_000, "\n" * 300_000 + "a", "thanks" + "\n" * 300_000):
         assert clean.personal_data("ann@lee.org " + text) == [(0, 11, "EMAIL")]
-        clean.normalised(text)
+        duplicates.normalised(text)
 
 
 def test_personal_data_is_dropped_or_masked_in_every_text(prepared, tmp_path):
@@ -220,10 +279,11 @@ def test_training_prompts_that_evaluation_has_are_removed(write, tmp_path):
         raw, tmp_path / "out", chosen, evaluation=(elsewhere,), removal=lambda *told: removed.append(told)
     )
     assert report.removed["leakage"] == {"same": 2}
-    assert [(place.rsplit(":", 1)[1], step) for place, step, _, _ in removed] == [
-        ("1", "leakage"),
-        (str(records.index(sides["train"][3]) + 2), "leakage"),
-    ]
+    told = {(place.rsplit(":", 1)[1], step, found["prompt"]) for place, step, _, found in removed}
+    assert told == {
+        ("1", "leakage", copied["prompt"]),
+        (str(records.index(sides["train"][3]) + 2), "leakage", sides["train"][3]["prompt"]),
+    }
     train = {record["prompt"] for record in lines(tmp_path / "out" / "train.jsonl")}
     assert train == {r["prompt"] for r in sides["train"]} - {sides["train"][3]["prompt"]}
     assert lines(tmp_path / "out" / "validation.jsonl") == sides["validation"]
@@ -296,6 +356,71 @@ def test_faulty_options_are_one_line():
             options(**wrong)
 
 
+# ---- sources
+
+
+def test_a_folder_is_cleaned_as_one(write, tmp_path):
+    (tmp_path / "raw").mkdir()
+    write([{"prompt": "Where?"}, {"prompt": "When?"}], "raw/a.jsonl")
+    write([{"instruction": "Where?", "output": "There."}], "raw/b.jsonl.gz").rename(tmp_path / "raw" / "b.jsonl")
+    clean.prepare(tmp_path / "raw", tmp_path / "out", options(prefix=0.5), kind="prompts")
+    kept = [record["prompt"] for record in lines(tmp_path / "out" / "train.jsonl")]
+    assert kept == ["Where?", "When?", "### Instruction:\nWhere?\n\n### Response:\n"]
+    source = json.loads((tmp_path / "out" / "manifest.json").read_text())["source"]
+    assert source["name"] == "raw" and sorted(source["files"]) == ["a.jsonl", "b.jsonl"]
+
+
+def test_a_hub_data_set_is_streamed(tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(*args, **options):
+        asked.append((args, options))
+        rows = [{"prompt": f"Question {n}?", "user": str(n)} for n in range(40)]
+        return datasets.Dataset.from_list(rows).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    arguments = ["data", "prepare", "org/name", "--out", str(tmp_path / "out"), "--revision", "main", "--no-leakage"]
+    assert cli.main(arguments) == 0
+    assert asked == [(("org/name", None), {"data_dir": None, "split": "train", "revision": "main", "streaming": True})]
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["read"] == 40
+    assert manifest["source"] == {"name": "org/name", "split": "train", "revision": "main"}
+
+
+def test_a_stream_that_breaks_off_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def rows():
+        yield {"prompt": "a"}
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows())
+    assert cli.main(["data", "prepare", "org/name", "--out", str(tmp_path / "out")]) == 2
+    assert "reading broke off (ConnectionError: reset by peer)" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_records_come_from_a_pipe(tmp_path):
+    records = "".join(json.dumps({"prompt": f"Question {n}?"}) + "\n" for n in range(30))
+    command = [sys.executable, "-m", "rlhf.cli", "data", "prepare", "-", "--out", str(tmp_path / "out")]
+    subprocess.run(command, input=records.encode(), check=True, capture_output=True, timeout=60)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["source"] == {"name": "standard input"}
+    assert sum(split["records"] for split in manifest["splits"].values()) == 30
+
+
+def test_what_is_skipped_is_listed(write, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    raw = write([{"prompt": "a"}, *[{"prompt": ""}] * 12, {"prompt": 3}])
+    removed = tmp_path / "removed.jsonl"
+    arguments = ["--on-error", "skip", "--validation", "0", "--test", "0", "--removed", str(removed)]
+    assert cli.main(["data", "prepare", str(raw), "--out", str(tmp_path / "out"), *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert "1 records read, 13 skipped as faulty" in shown and "and 3 more" in shown
+    assert shown.count("field 'prompt' is empty") == 10
+    told = lines(removed)
+    assert [found["place"] for found in told] == [f"{raw}:{n}" for n in range(2, 15)]
+    assert told[-1]["step"] == "fault" and "must be text" in told[-1]["reason"]
+
+
 # ---- the demo world
 
 
@@ -322,6 +447,41 @@ def test_heavy_users_of_the_demo_world_are_capped(world, tmp_path):
     assert max(before.values()) > 5
     assert after == {user: min(count, 5) for user, count in before.items()}
     assert report.removed["prompts a user"].total() == before.total() - after.total() > 0
+
+
+def test_the_demo_world_s_files_are_cleaned_in_one_call(world, tmp_path):
+    names = {"demonstrations": 260, "comparison_prompts": 660, "prompts": 620}
+    paths = [world / f"{name}.jsonl" for name in names]
+    reports = clean.clean_files(paths, tmp_path / "out", evaluation=[world / "eval_prompts.jsonl"])
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{name}.jsonl" for name in names}
+    for name, count in names.items():
+        raw, kept = lines(world / f"{name}.jsonl"), lines(tmp_path / "out" / f"{name}.jsonl")
+        assert len(kept) == count and reports[name].read == len(raw)
+        steps = reports[name].steps
+        assert steps[-1]["kept"] == count and steps[0]["kept"] == len(raw) - steps[0]["removed"]
+        prompts = iter(record["prompt"] for record in raw)
+        assert all(record["prompt"] in prompts for record in kept)  # in their order
+        examples = [step["example"] for step in steps if step["removed"]]
+        assert len(examples) == 2 and all(len(found["text"]) <= clean.EXAMPLE + 2 for found in examples)
+        assert "@" not in str(examples) and "555" not in str(examples)
+    removed = sum(report.read for report in reports.values()) - 1540
+    assert clean.summary(reports).startswith(f"removed {removed} of {removed + 1540:,} records: ")
+
+
+def test_cleaning_files_replaces_all_of_them_or_none(write, tmp_path):
+    good, bad = write([{"prompt": "Where?"}], "a.jsonl"), write([{"prompt": "Who?"}, {"prompt": ""}], "b.jsonl")
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match=r"b.jsonl:2: field 'prompt' is empty"):
+        clean.clean_files([good, bad], out)
+    assert list(out.iterdir()) == []
+    clean.clean_files([good], out)
+    assert [path.name for path in out.iterdir()] == ["a.jsonl"]
+    with pytest.raises(DataError, match="overwrite"):
+        clean.clean_files([good], tmp_path)
+    leaked = write([{"prompt": "Where?"}, {"prompt": "When?"}], "a.jsonl.2.jsonl")
+    report = clean.clean_files([leaked], out, evaluation=[good])["a.jsonl.2"]
+    assert report.steps[-1]["example"] == {"place": f"{leaked}:1", "reason": "same", "text": "Where?"}
+    assert clean.summary({"": report}) == "removed 1 of 2 records: 1 that evaluation asks"
 
 
 # ---- commands
@@ -357,7 +517,28 @@ def test_inspect_shows_a_file_and_writes_a_page(write, tmp_path, capsys, monkeyp
     for words in ("comparisons", "K: completions of a prompt", "label balance", "languages", "same", "sample"):
         assert words in shown
     text = page.read_text()
-    assert text.count("data:image/png;base64,") >= 5 and "<b>short" not in text and "http" not in text
+    assert text.count("<svg") == 2 and text.count('class="bar"') >= 8 and "<h2>label balance</h2>" in text
+    assert "<b>short" not in text and "http" not in text  # nothing of the data is markup, nothing is fetched
+    ElementTree.fromstring(re.sub("<meta[^>]*>", "", text.removeprefix("<!doctype html>\n")))
+
+
+def test_rankings_without_a_labeler_are_counted_where_others_have_one(write, capsys):
+    record = {"prompt": "Where?", "completions": ["a", "b"], "ranks": [1, 1]}
+    raw = write([{**record, "labeler": who} for who in ("ann", "ben", None, "")])
+    assert cli.main(["data", "inspect", str(raw)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "labelers 2 rankings without a labeler 2" in shown and "records in which all tie 4 100.0 %" in shown
+    write([record])
+    assert cli.main(["data", "inspect", str(raw)]) == 0
+    assert "without a labeler" not in capsys.readouterr().out
+
+
+def test_a_histogram_s_bars_hold_every_number():
+    numbers = array("Q", [*range(1, 101), 100_000])
+    drawn = histogram(numbers)
+    counts = [int(n.replace(",", "")) for n in re.findall(r": ([\d,]+)</title>", drawn)]
+    assert sum(counts) == 101 and len(counts) <= 40 and "to 100,000: " in drawn
+    assert [int(n) for n in re.findall(r": (\d+)</title>", histogram(array("Q", [5, 5, 5])))] == [3]
 
 
 def test_rankings_are_counted_by_hand():
@@ -372,7 +553,7 @@ def test_rankings_are_counted_by_hand():
 
 def test_languages_are_told_apart():
     found = map(data_cli.language, ["Where is the station, please?", "Wo ist denn bitte der Bahnhof hier?", "hi"])
-    assert list(found) == ["en", "de", "under 20 characters"]
+    assert list(found) == ["en", "de", "too short to tell"]
 
 
 def test_a_sample_is_fair_and_repeats():

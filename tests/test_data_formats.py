@@ -79,7 +79,16 @@ TRUTHFUL = {
 VOTES = {"question": "Colour of grass?", **{f"prediction {n}": f"p{n}" for n in (1, 2, 3, 4)}}
 JUDGED = [("g", 1.0, 1.9), ("b", 2.0, 1.1), ("r", 1.0, 1.9), ("y", 2.0, 1.2)]
 
-# format, one raw record, the canonical records it gives
+
+def rows_of(node, parent=None, number=0):
+    """The tree as OASST's other form has it: one message a row, parents first."""
+    name = f"{parent or ''}/{number}"
+    row = {"message_id": name, "parent_id": parent, "message_tree_id": "t", "rank": None, "deleted": False, **node}
+    replies = row.pop("replies", [])
+    return [row, *(found for n, reply in enumerate(replies) for found in rows_of(reply, name, n))]
+
+
+# format, one raw record (or the rows that make one), the canonical records it gives
 CASES = [
     ("prompt-completion", {"prompt": "a", "completion": " b"}, [{"prompt": "a", "completion": " b"}]),
     ("prompt-completion", {"prompt": [USER], "completion": [GREEN]}, [{"prompt": [USER], "completion": "Green."}]),
@@ -208,6 +217,15 @@ CASES = [
     (
         "oasst",  # in the order of the file
         TREE,
+        [
+            ranked([Q1], "A1", "A0", ranks=[2, 1]),
+            ranked([Q1, A1, Q3], "C0", "C1", ranks=[1, 2]),
+            ranked([Q1, A0, Q2], "B2", "B0", ranks=[2, 1]),
+        ],
+    ),
+    (
+        "oasst-messages",
+        rows_of(TREE["prompt"]),
         [
             ranked([Q1], "A1", "A0", ranks=[2, 1]),
             ranked([Q1, A1, Q3], "C0", "C1", ranks=[1, 2]),
@@ -385,6 +403,29 @@ def test_refusals_name_the_field(tmp_path, record, kind, expected):
     with pytest.raises(DataError) as caught:
         loaded(tmp_path, kind, record)
     assert expected in str(caught.value) and "a.jsonl" in str(caught.value)
+
+
+def test_oasst_rows_that_make_no_tree_are_named(tmp_path, caplog):
+    rows = rows_of(TREE["prompt"])
+    other = [{**row, "message_tree_id": "u"} for row in rows]
+    path = tmp_path / "rows.jsonl"
+
+    def write(*records):
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    write(*rows, *other)
+    assert len(load("comparisons", path)) == 6
+    write(*rows, *other[1:])
+    with pytest.raises(DataError, match=rf"rows.jsonl:{len(rows) + 1}: field 'parent_id' is '/0', a message that"):
+        load("comparisons", path)
+    assert len(load("comparisons", path, on_error="skip")) == 3
+    for broken in ([*rows, rows[0]], [*rows, {**rows[0], "message_id": "second root"}]):
+        write(*broken)
+        with pytest.raises(DataError, match=r"rows.jsonl:1: .* makes no tree"):
+            load("comparisons", path)
+    write(*rows, {**rows[0], "message_tree_id": None})
+    with pytest.raises(DataError, match=rf"rows.jsonl:{len(rows) + 1}: field 'message_tree_id'"):
+        load("comparisons", path)
 
 
 def test_an_oasst_node_with_ten_ranked_replies_is_refused(tmp_path):

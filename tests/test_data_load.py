@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 import json
 import logging
 
@@ -168,6 +169,29 @@ def test_hub_data_set_is_read_like_a_file(monkeypatch):
     assert fingerprint(data)["name"] == "org/name"
 
 
+def test_records_at_hand_and_standard_input_are_read_like_a_file(tmp_path, monkeypatch):
+    wanted = load("comparisons", lines(tmp_path / "a.jsonl", RANKING, RANKING)).to_list()
+    assert load("comparisons", [RANKING, RANKING]).to_list() == wanted
+    assert load("comparisons", (dict(RANKING) for _ in range(2))).to_list() == wanted
+    assert load("comparisons", datasets.Dataset.from_list([RANKING, RANKING])).to_list() == wanted
+    assert load("comparisons", datasets.Dataset.from_list([RANKING, RANKING]).to_iterable_dataset()).to_list() == wanted
+    assert "records, record 2: a record must be an object" in failure_of([RANKING, 3])
+    for content in (
+        b"".join(json.dumps(RANKING).encode() + b"\n" for _ in range(2)),
+        json.dumps([RANKING] * 2).encode(),
+    ):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+        assert load("comparisons", "-").to_list() == wanted
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"prompt": "a"}\n{"prompt": ""}\n')))
+    assert "standard input:2: field 'prompt' is empty" in failure("prompts", "-")
+
+
+def failure_of(records):
+    with pytest.raises(DataError) as caught:
+        load("comparisons", records)
+    return str(caught.value)
+
+
 def test_options_are_checked(tmp_path):
     name = lines(tmp_path / "a.jsonl", DEMO)
     assert "kind is 'demos'" in failure("demos", name)
@@ -276,12 +300,36 @@ def test_skipping_counts_why(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         assert len(load("demonstrations", name, on_error="skip")) == 1
     skipped = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
-    assert len(skipped) == 1 and "skipped 3 records (2: field 'completion' is empty" in skipped[0]
+    assert "skipped 3 records (2: field 'completion' is empty" in skipped[0]
+    places = [
+        f"skipped {name}:{line}: field '{field}'"
+        for line, field in ((2, "completion"), (3, "prompt"), (4, "completion"))
+    ]
+    assert [line.startswith(place) for line, place in zip(skipped[1:], places, strict=True)] == [True] * 3
     pairs = [{**RANKING, "completions": texts} for texts in (["a", "b", "c"], ["", "b", "c"], ["a", "", "c"])]
     load("comparisons", lines(tmp_path / "c.jsonl", *pairs), on_error="skip")
     assert "2: field 'completions[N]' is empty" in caplog.text  # one fault at two places is one reason
     name = lines(tmp_path / "b.jsonl", {**DEMO, "completion": ""}, {**DEMO, "completion": ""})
     assert "every record was skipped; the first:" in failure("demonstrations", name, on_error="skip")
+
+
+def test_of_many_skipped_records_the_first_are_listed(tmp_path, caplog):
+    load("demonstrations", lines(tmp_path / "a.jsonl", *[{**DEMO, "completion": ""}] * 25, DEMO), on_error="skip")
+    assert caplog.text.count("skipped ") == 1 + 10 and "… and 15 more" in caplog.text
+
+
+def test_ids_that_repeat_are_counted_and_kept(tmp_path, caplog):
+    records = [{"id": 1, **DEMO}, {"id": "1", **DEMO}, {"id": 1, **DEMO}, {"id": None, **DEMO}, {"id": None, **DEMO}]
+    assert len(load("demonstrations", lines(tmp_path / "a.jsonl", *records))) == 5
+    assert "1 with an id that came before" in caplog.text
+
+
+def test_a_line_of_ten_megabytes_is_a_record_like_another(tmp_path):
+    long = {**DEMO, "prompt": "word " * 2_000_000}
+    data = load("demonstrations", lines(tmp_path / "a.jsonl", DEMO, long))
+    assert [len(prompt) for prompt in data["prompt"]] == [7, 10_000_000]
+    (tmp_path / "b.jsonl").write_text('{"prompt": "' + "x" * 10_000_000)
+    assert len(failure("prompts", tmp_path / "b.jsonl")) < 500
 
 
 def test_ties_are_counted(tmp_path, caplog):
@@ -440,6 +488,7 @@ NAMES = [
     "instances", "question", "answer", "info", "post", "summaries", "choice", "worker", "full_text", "answer_0", "answer_1",
     "score_0", "score_1", "replies", "rank", "responses", "preference", "passages", "response1", "response2", "annotator1",
     "annotator2", "completion_a", "completion_b", "sentence", "label", "sent_more", "sent_less", "rhythmic", "paragraphs",
+    "message_id", "parent_id", "message_tree_id", "id",
 ]
 # fmt: on
 FIELD = st.sampled_from(NAMES)

@@ -7,7 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf.data import encode
-from rlhf.data.encode import CHAT_TEMPLATE, blocks, encode_completions, encode_prompts, format_prompt, leading_ids, pad
+from rlhf.data.encode import (
+    CHAT_TEMPLATE,
+    blocks,
+    encode_completions,
+    encode_demonstrations,
+    encode_prompts,
+    format_prompt,
+    leading_ids,
+    pad,
+)
 from rlhf.models import load_tokenizer
 
 relaxed = settings(max_examples=60, deadline=None)
@@ -114,7 +123,7 @@ def test_the_shipped_template(tokenizer):
     turns = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Ho"), ("user", "Bye")]
     conversation = [{"role": role, "content": content} for role, content in turns]
     assert format_prompt(conversation, tokenizer) == (
-        f"Be kind.\n\nUser: Hi\n\nAssistant: Ho{EOS}\n\nUser: Bye\n\nAssistant:"
+        f"Be kind.\n\nUser: Hi\n\nAssistant:\nHo{EOS}\n\nUser: Bye\n\nAssistant:\n"
     )
     (ids,) = encode_prompts(tokenizer, [conversation])
     assert ids.count(tokenizer.eos_token_id) == 1  # the earlier answer ends as the next one will
@@ -126,6 +135,67 @@ def test_a_tokenizer_s_own_template_goes_before_the_shipped_one(tokenizer, monke
     (ids,) = encode_prompts(tokenizer, [user(" hello ")])
     assert tokenizer.decode(ids) == f"{EOS}user\nhello{EOS}assistant\n"
     assert ids == tokenizer(f"{EOS}user\nhello{EOS}assistant\n")["input_ids"]
+
+
+# ------------------------------------------------------------------------------------------------------------ demonstrations
+
+TURNS = [("user", "Hi"), ("assistant", "Ho"), ("user", "Bye"), ("assistant", " hello"), ("user", "?")]
+CONVERSATION = [{"role": role, "content": content} for role, content in TURNS]
+
+
+def learned(tokenizer, ids, labels):
+    """The texts of the stretches that are learned; every label is its own token."""
+    assert len(ids) == len(labels) and all(label in (-100, token) for token, label in zip(ids, labels))
+    stretches, last = [], -2
+    for place, label in enumerate(labels):
+        if label != -100:
+            stretches += [[]] if place > last + 1 else []
+            stretches[-1].append(label)
+            last = place
+    return [tokenizer.decode(stretch) for stretch in stretches]
+
+
+def test_loss_is_on_the_assistant_s_turns_alone(tokenizer):
+    ((ids, labels),) = encode_demonstrations(tokenizer, [CONVERSATION], ["world"])
+    assert learned(tokenizer, ids, labels) == [f"Ho{EOS}", f" hello{EOS}", f"world{EOS}"]
+    # The row is the conversation as the next turn's prompt would have it, which is what generation sees.
+    longer = [*CONVERSATION, {"role": "assistant", "content": "world"}, {"role": "user", "content": "!"}]
+    assert encode_prompts(tokenizer, [longer])[0][: len(ids)] == ids
+    ((_, last),) = encode_demonstrations(tokenizer, [CONVERSATION], ["world"], every_turn=False)
+    assert learned(tokenizer, ids, last) == [f"world{EOS}"]
+
+
+def test_plain_demonstrations_and_openings(tokenizer):
+    ((ids, labels),) = encode_demonstrations(tokenizer, ["User: a"], [" b"])
+    assert tokenizer.decode(ids) == f"User: a b{EOS}" and learned(tokenizer, ids, labels) == [f" b{EOS}"]
+    opened = [{"role": "assistant", "content": "Welcome."}, *user("Hi")]  # answers nobody
+    ((ids, labels),) = encode_demonstrations(tokenizer, [opened], ["Ho"])
+    assert learned(tokenizer, ids, labels) == [f"Ho{EOS}"]
+    assert encode_demonstrations(tokenizer, [], []) == []
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "opt_tokenizer", "bert"])
+def test_every_answer_is_learned_after_the_prompt_that_generation_has(kind, request):
+    own = request.getfixturevalue(kind)
+    rows = encode_demonstrations(own, [CONVERSATION, "plain"], ["world", "b"])
+    expected = []
+    for length, answer in ((1, "Ho"), (3, " hello"), (5, "world")):
+        (head,), (end,) = encode_prompts(own, [CONVERSATION[:length]]), encode_completions(own, [answer])
+        expected.append((head, end))
+    found = {}
+    for ids, labels in rows[:-1]:
+        starts = [n for n in range(len(labels)) if labels[n] != -100 and (n == 0 or labels[n - 1] == -100)]
+        found |= {
+            tuple(ids[:n]): ids[n : next((m for m in range(n, len(ids)) if labels[m] == -100), None)] for n in starts
+        }
+    assert found == {tuple(head): end for head, end in expected}
+
+
+def test_a_template_that_rewrites_history_gives_rows_of_their_own(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", CHATML)  # trims, and ends an answer with the next turn's mark
+    rows = encode_demonstrations(tokenizer, [CONVERSATION], ["world"])
+    assert [learned(tokenizer, *row) for row in rows] == [[f"Ho{EOS}", f" hello{EOS}"], [f"world{EOS}"]]
+    assert f"{EOS}assistant\nhello" in tokenizer.decode(rows[-1][0])  # trimmed in the history, as generation sees it
 
 
 # ------------------------------------------------------------------------------------------- names of special tokens in a text
@@ -229,4 +299,4 @@ def test_gpt2_s_own_vocabulary(shared_data, monkeypatch):
     assert encode_completions(gpt2, [" world"]) == [[995, 50256]]
     assert leading_ids(gpt2) == []
     assert 50256 not in encode_prompts(gpt2, [f"Hello{EOS}"])[0]
-    assert encode.encode_prompts(gpt2, [user("Hi")]) == [gpt2("User: Hi\n\nAssistant:")["input_ids"]]
+    assert encode.encode_prompts(gpt2, [user("Hi")]) == [gpt2("User: Hi\n\nAssistant:\n")["input_ids"]]

@@ -413,7 +413,19 @@ def test_175b_on_hundreds_of_gpus():
     assert found.setup.strategy == "zero3" and found.memory.peak < 80 * GIB
     assert "--num_processes 512 --num_machines 64" in found.command
     with pytest.raises(PlanError, match=r"closest.*gathered.*would help: GPUs with \d+ GiB"):
+        plan("ppo", model="opt-175b", gpus=512, strategies=("zero3",))
+    with pytest.raises(PlanError, match=r"closest, qlora.*would help: GPUs with \d+ GiB"):
         plan("ppo", model="opt-175b", gpus=512)
+
+
+def test_adapters_hold_a_base_once_for_the_models_that_stand_on_it():
+    job = Job(model=BUILT_IN["opt-1.3b"], reward=BUILT_IN["opt-350m"])
+    full, lora = (memory.MEMORY["ppo"](job, Setup("single", method)).parts for method in ("full", "lora"))
+    assert full["reference"] > 0 and full["reward_model"] > 0
+    assert lora["reference"] == lora["reward_model"] == 0
+    assert (
+        lora["weights"] > 2 * BUILT_IN["opt-1.3b"].parameters and lora["critic"] > 2 * BUILT_IN["opt-350m"].parameters
+    )
 
 
 def test_hours_against_deepspeed_chat():

@@ -78,6 +78,22 @@ def test_the_seam_is_tokenised_as_at_inference(tmp_path):
     assert row["input_ids"] == prompt + completion
 
 
+def test_a_conversation_is_learned_turn_by_turn_or_at_its_end(tmp_path):
+    registry = tiny.published(tmp_path, "base")
+    tokenizer = AutoTokenizer.from_pretrained(registry.require("base", "tiny").path)
+    says = [("user", "the river"), ("assistant", "runs"), ("user", "and"), ("assistant", "feed geese")]
+    turns = [{"role": role, "content": content} for role, content in says]
+    args = tiny.sft_args(tmp_path, [{"messages": turns}])
+    for train_on, wanted in (("every_turn", ["runs", "feed geese"]), ("completion", ["feed geese"])):
+        chosen = dataclasses.replace(args, train_on=train_on)
+        (row,) = sft.encode(chosen, tokenizer, load("demonstrations", args.dataset_name), 64)
+        learned = [token for token in row["labels"] if token != -100]
+        assert learned == [
+            token for answer in wanted for token in (*tokenizer(answer)["input_ids"], tokenizer.eos_token_id)
+        ]
+    assert sft.run(args).manifest["metrics"]["training_examples"] == 1
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_first_loss_is_that_of_completions_alone(tmp_path, packing):
     """Also where examples share a row, which they must not notice."""

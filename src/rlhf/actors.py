@@ -8,15 +8,24 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from rlhf import objectives
+from rlhf import adapters
 from rlhf.config import PPOArgs
-from rlhf.models import banned_ids, load_policy, load_scalar_model, logits_at, switch_off_dropout, values_at
+from rlhf.models import (
+    banned_ids,
+    compile_layers,
+    load_policy,
+    load_scalar_model,
+    logprobs_at,
+    switch_off_dropout,
+    values_at,
+)
 from rlhf.registry import Artifact, Registry
 from rlhf.rewards import Reward, function_reward, model_reward
 from rlhf.rollout import Actors, Rows, response_logp
-from rlhf.training import TrainingError, resolve
+from rlhf.training import TrainingError, resolve, say
 
 Source = tuple[str, Artifact | None]  # where to load from, and the artifact it is
 
@@ -58,17 +67,17 @@ class ActorCritic(nn.Module):
     def __init__(self, policy: Any, critic: Any):
         super().__init__()
         self.policy, self.critic = policy, critic
+        self.weight_bytes = 0  # of these two, reference and reward models together
 
     def forward(self, rows: Rows | None, temperature: float, banned: Tensor, text: Tensor | None = None) -> Any:
         """Log-probabilities and values [B, T] of the responses in `rows`; or log-probabilities [b, L-1] of raw text [b, L]."""
         if text is not None:
-            everything = torch.ones_like(text, dtype=torch.bool)
-            everything[:, -1] = False
-            logits = logits_at(self.policy, text, torch.ones_like(text), everything)
-            return objectives.token_logprobs(logits[None], text[:, 1:].reshape(1, -1)).view(text.shape[0], -1)
+            places = torch.arange(text.numel(), device=text.device).view(text.shape)[:, :-1].flatten()
+            logp = logprobs_at(self.policy, text, torch.ones_like(text), places, text[:, 1:].flatten())
+            return logp.view(text.shape[0], -1)
         assert rows is not None
         logp = response_logp(self.policy, rows, temperature, banned)
-        values = values_at(self.critic, rows.ids, rows.attention, rows.where)
+        values = values_at(self.critic, rows.ids, rows.attention, rows.place)
         return rows.fill(logp), rows.fill(values)
 
 
@@ -85,18 +94,28 @@ def load_models(
         "dtype": args.dtype,
         "attn_implementation": args.attn_implementation,
         "trust_remote_code": args.trust_remote_code,
+        "peft": args,
+        "bases": {} if args.use_peft and args.share_base and not spreads_weights(accelerator) else None,
     }
-    policy, reference = (load_policy(sft_path, tokenizer, **how) for _ in range(2))
+    frozen = how | {"trainable": False}
+    policy, reference = load_policy(sft_path, tokenizer, **how), load_policy(sft_path, tokenizer, **frozen)
     critic = load_scalar_model(critic_path, tokenizer, new_head=not sources and args.critic_path is None, **how)
-    rewards = [load_scalar_model(path, tokenizer, **how) for path, _ in sources]
+    rewards = [load_scalar_model(path, tokenizer, **frozen) for path, _ in sources]
     for model in (policy, reference, critic, *rewards):
         switch_off_dropout(model.eval())  # so that the first ratio is 1
     for model in (reference, *rewards):
-        model.requires_grad_(False).to(accelerator.device)
+        model.requires_grad_(False)
+        if not getattr(model, "is_quantized", False):  # which is on its device, and must not be asked to move
+            model.to(accelerator.device)
     if args.gradient_checkpointing:
         for model in (policy, critic):
             model.gradient_checkpointing_enable()
+    if args.torch_compile:
+        for model in (policy, reference, critic):  # the reference too, so that KL is 0 at the start
+            compile_layers(model)
     actor_critic = ActorCritic(policy, critic).to(accelerator.device)
+    actor_critic.weight_bytes = adapters.weight_bytes((policy, reference, critic, *rewards))
+    tell_memory(args, actor_critic)
     actors = Actors(
         policy=policy,
         reference=reference,
@@ -109,6 +128,27 @@ def load_models(
         batch_size=args.per_device_rollout_batch_size,
     )
     return actor_critic, actors
+
+
+def spreads_weights(accelerator: Accelerator) -> bool:
+    """Whether each process holds a piece of the weights only (ZeRO 3), so that no other model can stand on them."""
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    return deepspeed and accelerator.state.deepspeed_plugin.zero_stage == 3
+
+
+def tell_memory(args: PPOArgs, model: ActorCritic) -> None:
+    """Says how many bytes the weights take, and under `use_peft` which bases they stand on."""
+    say(f"weights in memory: {model.weight_bytes:,} bytes in policy, reference, critic and reward models together")
+    if not args.use_peft:
+        return
+    for name, part in (("policy", model.policy), ("critic", model.critic)):
+        say(f"{name}: {adapters.describe(part)}")
+    ours, theirs = model.policy.started_from, model.critic.started_from
+    if args.share_base and ours.sha256 != theirs.sha256:
+        say(
+            f"two bases are held: the critic's, {theirs.name}, has other weights than the policy's, {ours.name}; to hold one, "
+            f"train the reward model with --use_peft true from the policy's sft, as an adapter on {ours.name}"
+        )
 
 
 def make_rewards(args: PPOArgs, sources: Sequence[Source], models: Sequence[Any], tokenizer: Any) -> list[Reward]:

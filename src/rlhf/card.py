@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -72,6 +72,7 @@ class Facts:
     data: Sequence[Mapping[str, Any]]
     metrics: Mapping[str, Any]
     extra: Mapping[str, Any]
+    adapters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def is_adapter(self) -> bool:
@@ -99,6 +100,7 @@ def write(
     data: Sequence[Mapping[str, Any]],
     metrics: Mapping[str, Any],
     extra: Mapping[str, Any] | None = None,
+    adapters: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Writes README.md, the Hub's model card, into a version folder."""
     facts = Facts(
@@ -107,6 +109,7 @@ def write(
         data=plain(list(data), "data"),
         metrics=plain(metrics, "metrics"),
         extra=plain(extra or {}, "extra"),
+        adapters=adapters or {},
     )
     (facts.folder / "README.md").write_text(render(facts), encoding="utf-8")
 
@@ -231,6 +234,8 @@ def _section(title: str, body: str) -> str:
 
 
 def _loading(facts: Facts) -> str:
+    if facts.is_adapter:
+        return _loading_an_adapter(facts)
     auto = "AutoModelForSequenceClassification" if facts.stage == "rm" else "AutoModelForCausalLM"
     name = facts.config.get("hub_model_id") or "user/name"
     told = "" if facts.config.get("hub_model_id") else "`user/name` is this repository's id, or a local folder. "
@@ -245,6 +250,40 @@ def _loading(facts: Facts) -> str:
         call = "model(**tokenizer(prompt + answer + tokenizer.eos_token, return_tensors='pt')).logits[0, 0]"
         parts.append(f"The reward of an answer that has ended:\n\n{_fence(f'reward = {call}{plus}', 'python')}")
     parts.append(f"{told}The tag `rlhf-vN` is version N; `stage.json` holds its full record.")
+    return "\n\n".join(parts)
+
+
+def _loading_an_adapter(facts: Facts) -> str:
+    """By plain peft, on the base that it was trained on: its Hub id, or the folder of the version that it is."""
+    base: Mapping[str, Any] = facts.adapters.get(".", {})
+    ref = base.get("ref")
+    auto = "AutoPeftModelForSequenceClassification" if facts.stage == "rm" else "AutoPeftModelForCausalLM"
+    labels = ", num_labels=1" if facts.stage == "rm" else ""
+    lines = [
+        f"from peft import {auto}",
+        "from transformers import AutoTokenizer",
+        'tokenizer = AutoTokenizer.from_pretrained("user/name")',
+        f'model = {auto}.from_pretrained("user/name"{labels}).eval()',
+    ]
+    parts = [_fence("\n".join(lines), "python")]
+    if facts.stage == "rm":
+        bias = float(base.get("reward_bias") or 0.0)
+        call = "model(**tokenizer(prompt + answer + tokenizer.eos_token, return_tensors='pt')).logits[0, 0]"
+        reward = f"reward = {call}" + (f" + {bias!r}" if bias else "")
+        parts.append(f"The reward of an answer that has ended:\n\n{_fence(reward, 'python')}")
+    if ref is not None:
+        name = ref.ref if isinstance(ref, Artifact) else _shown(str(ref))
+        at = f" at revision `{base['revision']}`" if base.get("revision") else ""
+        parts.append(f"A LoRA adapter on `{name}`{at}, whose weights have sha256 `{base['sha256']}`.")
+    if isinstance(ref, Artifact):
+        parts.append(
+            "That base is a version of the same registry, and `adapter_config.json` holds its folder there: load it and give it "
+            "to `PeftModel.from_pretrained`, or merge the two with `rlhf registry merge`."
+        )
+    if base.get("quantization"):
+        bits = "4" if base["quantization"].get("load_in_4bit") else "8"
+        parts.append(f"It was trained on that base quantised to {bits} bits (bitsandbytes); load the base so.")
+    parts.append("`user/name` is this repository's id, or a local folder. `stage.json` holds its full record.")
     return "\n\n".join(parts)
 
 

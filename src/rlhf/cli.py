@@ -124,6 +124,9 @@ def add_registry(commands: Any) -> None:
         parser = add(name, help)
         parser.add_argument("ref", metavar="REF", help=reference if name == "tag" else "run/stage")
         parser.add_argument("name", metavar="NAME")
+    merged = "whole weights of an adapter and its base, as a new version"
+    merge = command(parsers, "merge", "rlhf.merging:run", merged, parents=[root])
+    merge.add_argument("ref", metavar="REF", help=reference)
     gc = add("gc", "remove old versions that have no tag and that nothing kept was trained from, and stale drafts")
     gc.add_argument("--keep", type=int, default=3, metavar="N", help="newest versions to keep (default: %(default)s)")
     gc.add_argument("--yes", action="store_true", help="remove them; without it they are only listed")

@@ -85,10 +85,13 @@ class StageArgs:
     adam_beta2: float = option(0.95, "Adam's beta 2 (InstructGPT: 0.95)", ge=0, lt=1)
     adam_epsilon: float = option(1e-8, "Adam's epsilon", gt=0)
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this; 0: no clipping", ge=0)
-    optim: str = option("adamw_torch", "optimiser, by transformers' names")
+    optim: str = option("adamw_torch", "optimiser, by transformers' names; adamw_torch is its fused form on CUDA")
     bf16: bool = option(False, "bfloat16 autocast")
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass: less memory, about 30 % more time"
+    )
+    torch_compile: bool = option(
+        False, "compile the transformer layers with torch.compile; pays off on long runs on a GPU"
     )
     logging_steps: int = option(10, "optimiser steps between two lines of metrics", ge=1)
     save_steps: int | None = option(None, "optimiser steps between two training checkpoints; default: none", ge=1)
@@ -142,6 +145,42 @@ class TrainerArgs(StageArgs):
 
 
 @dataclass
+class AdapterArgs:
+    """Parameter-efficient training; names and defaults are those of TRL's ModelConfig."""
+
+    use_peft: bool = option(False, "train adapters (LoRA) on weights that stay as they are (docs/peft.md)")
+    lora_r: int = option(16, "rank of a new adapter; one that is trained further keeps its settings", ge=1)
+    lora_alpha: int = option(32, "a new adapter's output is scaled by lora_alpha / lora_r", ge=1)
+    lora_dropout: float = option(0.05, "dropout before a new adapter; off in PPO", ge=0, lt=1)
+    lora_target_modules: list[str] | None = option(
+        None,
+        "modules that get an adapter, by the end of their names, or all-linear; default: peft's for the architecture",
+    )
+    lora_modules_to_save: list[str] | None = option(
+        None, "modules trained whole beside the adapter; of a reward model its head and last norm always are"
+    )
+    use_rslora: bool = option(False, "scale by lora_alpha / sqrt(lora_r) instead (rank-stabilised LoRA)")
+    use_dora: bool = option(False, "adapt magnitude and direction apart (DoRA)")
+    load_in_8bit: bool = option(False, "quantise the weights below the adapters to 8 bits (bitsandbytes)")
+    load_in_4bit: bool = option(False, "quantise the weights below the adapters to 4 bits (bitsandbytes)")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", "4-bit data type")
+    use_bnb_nested_quant: bool = option(False, "quantise the constants of the 4-bit quantisation too")
+    bnb_4bit_quant_storage: Literal["uint8", "float16", "bfloat16", "float32"] | None = option(
+        None, "dtype that 4-bit weights are stored in; default: uint8"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]  # of the stage that this is mixed into
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ConfigError("load_in_8bit and load_in_4bit exclude each other; choose one")
+        if (self.load_in_8bit or self.load_in_4bit) and not self.use_peft:
+            chosen = "load_in_8bit" if self.load_in_8bit else "load_in_4bit"
+            raise ConfigError(
+                f"{chosen}: quantised weights cannot be trained themselves; add use_peft: true, or leave it out"
+            )
+
+
+@dataclass
 class PretrainArgs(TrainerArgs):
     """Stage 0: a small GPT-2 or OPT from scratch on raw text, where no checkpoint is at hand."""
 
@@ -183,7 +222,7 @@ class PretrainArgs(TrainerArgs):
 
 
 @dataclass
-class SFTArgs(TrainerArgs):
+class SFTArgs(AdapterArgs, TrainerArgs):
     """Stage 1: supervised fine-tuning on demonstrations. Defaults are InstructGPT's for 1.3B (appendix C.1)."""
 
     model_name_or_path: str | None = option(
@@ -193,6 +232,9 @@ class SFTArgs(TrainerArgs):
         2048, "longest prompt and completion, in tokens; longer ones are dropped and counted", ge=8
     )
     max_prompt_length: int = option(1024, "longest prompt, in tokens; longer ones are dropped and counted", ge=1)
+    train_on: Literal["every_turn", "completion"] = option(
+        "every_turn", "answers that are learned in a conversation: all of the assistant's turns, or the last alone"
+    )
     packing: bool = option(False, "several examples in one row; refused where attention would leak between them (OPT)")
     resid_pdrop: float | None = option(0.2, "residual dropout while training; null: the checkpoint's own", ge=0, le=0.9)
     learning_rate: float = option(9.65e-6, "peak learning rate", gt=0)
@@ -226,7 +268,7 @@ class SFTArgs(TrainerArgs):
 
 
 @dataclass
-class RewardArgs(TrainerArgs):
+class RewardArgs(AdapterArgs, TrainerArgs):
     """Stage 2: a reward model on K-way rankings. Defaults are InstructGPT's (appendix C.2)."""
 
     model_name_or_path: str | None = option(
@@ -248,7 +290,7 @@ class RewardArgs(TrainerArgs):
 
 
 @dataclass
-class PPOArgs(StageArgs):
+class PPOArgs(AdapterArgs, StageArgs):
     """Stage 3: KL-penalised PPO with pretraining mix. Defaults are InstructGPT's (C.4) unless the help says else."""
 
     sft_model_path: str | None = option(None, "folder or RUN/STAGE of policy and reference; default: the run's own sft")
@@ -264,6 +306,10 @@ class PPOArgs(StageArgs):
     critic_path: str | None = option(
         None,
         "folder or RUN/STAGE to start the critic from, a ppo version's critic for example; default: the first reward model",
+    )
+
+    share_base: bool = option(
+        True, "with use_peft: hold weights that several models stand on once, instead of once a model (docs/peft.md)"
     )
 
     total_episodes: int = option(256_000, "episodes (prompt and response) in the whole run", ge=1)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import base64
-import html
-import io
 import json
 import os
 import random
@@ -17,8 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from rlhf.data_page import Section, page
+
 MOST_VALUES = 20  # a field with more different values is no label
-SHORTEST = 20  # characters that a language is guessed from
+SHORTEST = 20  # bytes that a language is guessed from: seven Chinese characters, three English words
 
 
 def add_data(commands: Any) -> None:
@@ -28,10 +27,17 @@ def add_data(commands: Any) -> None:
     def add(name: str, help: str) -> argparse.ArgumentParser:
         parser: argparse.ArgumentParser = parsers.add_parser(name, help=help, description=help)
         parser.set_defaults(run=f"rlhf.data_cli:{name}")
-        parser.add_argument("file", metavar="FILE", type=Path, help="in any of the formats of docs/data.md")
+        parser.add_argument(
+            "file", metavar="FILE", help="a file, a folder, a Hub data set, or - for JSON lines from a pipe"
+        )
         kinds = ["prompts", "demonstrations", "comparisons"] + ["text"] * (name == "inspect")
         parser.add_argument("--kind", choices=kinds, help="read it as this kind (default: as its records are)")
         parser.add_argument("--on-error", choices=["stop", "skip"], default="stop", help="default: %(default)s")
+        parser.add_argument(
+            "--split", default="train", metavar="NAME", help="of a folder or Hub data set (default: train)"
+        )
+        parser.add_argument("--config-name", metavar="NAME", help="of a Hub data set")
+        parser.add_argument("--revision", metavar="REVISION", help="of a Hub data set")
         parser.add_argument("--tokenizer", metavar="MODEL", help="count its tokens (default: words and marks)")
         parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
         return parser
@@ -88,12 +94,26 @@ def prepare(args: argparse.Namespace) -> None:
             evaluation=tuple(args.evaluation),
             on_error=args.on_error,
             removal=note,
+            **_where(args),
         )
     steps = Section("removed", ("step", "records", "why"), clean.removed_lines(report))
     rows = [(name, found["records"], found["users"], found["sha256"][:12]) for name, found in report.splits.items()]
     splits = Section(str(args.out), ("split", "records", "users", "sha256"), rows)
     skipped = f", {report.skipped} skipped as faulty" if report.skipped else ""
-    _print([Section(f"{args.file}: {report.read} records read{skipped}", (), []), steps, splits])
+    head = Section(f"{args.file}: {report.read} records read{skipped}", (), [])
+    _print([head, *_faults(report.faults, report.skipped, "--removed lists all"), steps, splits])
+
+
+def _faults(faults: list[tuple[str, str]], count: int, hint: str = "") -> list[Section]:
+    """The skipped records, where there are any: the first by their places."""
+    rows: list[tuple[Any, ...]] = list(faults)
+    if count > len(faults):
+        rows.append(("…", f"and {count - len(faults)} more" + (f"; {hint}" if hint else "")))
+    return [Section("skipped as faulty", ("place", "what is wrong"), rows)] if count else []
+
+
+def _where(args: argparse.Namespace) -> dict[str, Any]:
+    return {"split": args.split, "config_name": args.config_name, "revision": args.revision}
 
 
 @contextmanager
@@ -113,16 +133,6 @@ def _written(path: Path) -> Iterator[IO[str]]:
 
 
 # ---- inspect
-
-
-@dataclass
-class Section:
-    """A table, which the terminal and the page show alike; `plot` are numbers to draw beside it on the page."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: list[tuple[Any, ...]]
-    plot: Counter[Any] | array[int] | None = None
 
 
 @dataclass
@@ -176,23 +186,26 @@ class Rankings:
 def inspect(args: argparse.Namespace) -> None:
     from rlhf.data import clean
 
-    source = clean.Source(args.file, args.kind, args.on_error)
-    sections = _statistics(source, clean.length_counter(args.tokenizer), args)
-    title = f"{args.file}: {source.kind}"
+    source = clean.Source(args.file, args.kind, args.on_error, **_where(args))
+    sections, sample = _statistics(source, clean.length_counter(args.tokenizer), args)
     if args.html:
         with _written(args.html) as stream:
-            stream.write(_page(title, sections))
-    _print([Section(title, (), []), *sections])
+            stream.write(page(f"{Path(args.file).name}: {source.kind}", sections, sample))
+    lines = Section(
+        "sample", ("record",), [(json.dumps(record, ensure_ascii=False, default=str),) for record in sample]
+    )
+    _print([Section(f"{args.file}: {source.kind}", (), []), *sections, lines])
     if args.html:
         print(f"wrote {args.html}")
 
 
-def _statistics(source: Any, count: Any, args: argparse.Namespace) -> list[Section]:
-    """One pass; kept are numbers, prompts' text for the duplicates, and the sample."""
+def _statistics(source: Any, count: Any, args: argparse.Namespace) -> tuple[list[Section], list[Any]]:
+    """The tables and the sample, from one pass; kept are numbers, prompts' text for the duplicates, and the sample."""
     from rlhf.data import clean
 
     lengths: dict[str, array[int]] = {}
     users, languages, personal, duplicates = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
+    labelers: Counter[str] = Counter()
     labels: dict[str, Counter[str]] = {}
     index, rankings, sample = clean.PromptIndex(0.5, 0.9), Rankings(), Reservoir(args.sample, args.seed)
     for _, record in source:
@@ -210,19 +223,21 @@ def _statistics(source: Any, count: Any, args: argparse.Namespace) -> list[Secti
             index.add(prompt)
         if "ranks" in record:
             rankings.add(record["completions"], record["ranks"])
+            labelers[record.get("labeler") or ""] += 1
         _count_labels(labels, record)
         sample.add(record)
     unit = f"tokens of {args.tokenizer}" if args.tokenizer else "words and marks"
-    return [
-        _counts(source, users),
+    sections = [
+        _counts(source, users, labelers),
+        *_faults(source.reading.faults, source.skipped.total()),
         *_lengths(lengths, unit),
         _counted("languages", "language", languages),
         _counted("duplicates: what a prompt is to those before it", "prompt", duplicates),
         _counted("personal data: records that hold it", "what", personal, of=users.total()),
         *(rankings.sections() if rankings.pairs else []),
         *(_counted(f"labels: {name}", name, values) for name, values in labels.items() if len(values) <= MOST_VALUES),
-        Section("sample", ("record",), [(json.dumps(record, ensure_ascii=False),) for record in sample.kept]),
     ]
+    return sections, sample.kept
 
 
 def language(text: str) -> str:
@@ -230,7 +245,7 @@ def language(text: str) -> str:
     import py3langid
 
     text = text.strip()[:1000]
-    return str(py3langid.classify(text)[0]) if len(text) >= SHORTEST else f"under {SHORTEST} characters"
+    return str(py3langid.classify(text)[0]) if len(text.encode()) >= SHORTEST else "too short to tell"
 
 
 def _count_labels(labels: dict[str, Counter[str]], record: dict[str, Any]) -> None:
@@ -259,12 +274,14 @@ class Reservoir:
             self.kept[place] = record
 
 
-def _counts(source: Any, users: Counter[str]) -> Section:
+def _counts(source: Any, users: Counter[str], labelers: Counter[str]) -> Section:
     named = Counter({user: count for user, count in users.items() if user})
     rows: list[tuple[Any, ...]] = [("records", users.total()), ("users", len(named))]
     rows += [("records without a user", users[""])] if users[""] else []
     rows += [("most by one user", max(named.values()))] if named else []
     rows += [("users with more than 200", sum(count > 200 for count in named.values()))] if named else []
+    if labelers.total() > labelers[""]:
+        rows += [("labelers", len(labelers.keys() - {""})), ("rankings without a labeler", labelers[""])]
     rows += [(f"skipped: {reason}", count) for reason, count in source.skipped.most_common()]
     rows += [(note, count) for note, count in source.notes.most_common()]
     return Section("counts", ("", "count"), rows)
@@ -312,47 +329,3 @@ def _print(sections: list[Section]) -> None:
             console.print(table)
         elif section.columns:
             console.print("  none\n")
-
-
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>body{{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}}
-table{{border-collapse:collapse}}td,th{{padding:.2em .8em;text-align:left;border-bottom:1px solid #ddd}}
-td{{overflow-wrap:anywhere;white-space:pre-wrap}}img{{max-width:100%}}</style>
-<h1>{title}</h1>
-{sections}
-</html>
-"""
-
-
-def _page(title: str, sections: list[Section]) -> str:
-    shown = []
-    for section in sections:
-        head = "".join(f"<th>{html.escape(column)}</th>" for column in section.columns)
-        cells = ("".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in section.rows)
-        rows = "".join(f"<tr>{row}</tr>\n" for row in cells)
-        shown.append(
-            f"<h2>{html.escape(section.title)}</h2>\n<table><tr>{head}</tr>\n{rows}</table>\n{_image(section)}"
-        )
-    return PAGE.format(title=html.escape(title), sections="\n".join(shown))
-
-
-def _image(section: Section) -> str:
-    """The plot of a section as an inline picture."""
-    from matplotlib.figure import Figure
-
-    if not section.plot:
-        return ""
-    figure = Figure(figsize=(7, 2.4), layout="constrained")
-    axes = figure.subplots()
-    if isinstance(section.plot, Counter):
-        axes.bar([str(value)[:24] for value in section.plot], list(section.plot.values()))
-        axes.tick_params(axis="x", labelrotation=30 if len(section.plot) > 6 else 0)
-    else:
-        axes.hist(section.plot, bins=min(40, max(section.plot) - min(section.plot) + 1))
-        axes.set_xlabel("length")
-    axes.set_ylabel("count")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110, metadata={"Software": None})
-    data = base64.b64encode(picture.getvalue()).decode()
-    return f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{data}">'

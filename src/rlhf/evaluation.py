@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.data.encode import batches, blocks, encode_prompts, pad
+from rlhf.data.encode import batches, blocks, decode_completions, encode_prompts, pad
 from rlhf.models import banned_ids, logits_at, scalar_scores
 from rlhf.objectives import token_logprobs
 from rlhf.rollout import join, response_logp, sample_responses
@@ -108,7 +108,7 @@ def answer(
         tokenizer=tokenizer,
         banned=banned_ids(policy, tokenizer),
     )
-    return Answers(tokenizer.batch_decode(tokens, skip_special_tokens=True), ids, tokens, ended)
+    return Answers(decode_completions(tokenizer, tokens), ids, tokens, ended)
 
 
 @torch.no_grad()

@@ -69,6 +69,7 @@ def push(artifact: Artifact, repo_id: str, *, private: bool = True, force: bool 
         raise HubError(
             f"no Hub token to push with: run `hf auth login`, or set HF_TOKEN to one that may write ({TOKENS})"
         )
+    refuse_local_bases(artifact)
     refuse_tokens(artifact, hub.token)
     if hub.call(hub.look) is None:
         hub.call(lambda: hub.api.create_repo(repo_id, private=private, exist_ok=True))
@@ -144,6 +145,16 @@ def refuse_tokens(artifact: Artifact, token: str) -> None:
             raise HubError(
                 f"{artifact.path / name} holds a Hub token, and a push would publish it: revoke the token ({TOKENS}), "
                 "take it out of the config, and publish the version anew"
+            )
+
+
+def refuse_local_bases(artifact: Artifact) -> None:
+    """Raises HubError for an adapter on weights that are on this machine alone: nobody could load it from the Hub."""
+    for base in artifact.adapters.values():
+        if base["kind"] == "artifact" or Path(base["ref"]).exists():
+            raise HubError(
+                f"{artifact.ref} is an adapter on {base['ref']}, which is on this machine only: publish whole weights with "
+                f"`rlhf registry merge {artifact.ref}`, and push that version"
             )
 
 

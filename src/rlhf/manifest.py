@@ -195,6 +195,12 @@ def is_weights(name: str) -> bool:
     return base != "training_args.bin" and (fnmatch(base, "*.safetensors") or fnmatch(base, "*.bin"))
 
 
+def weights_sha256(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """The hash of all weight files together, from the names and hashes of files."""
+    pairs = [[name, files[name]["sha256"]] for name in sorted(files) if is_weights(name)]
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+
+
 def list_files(folder: Path) -> list[str]:
     """Names of all files in a version but its manifest. Links are refused: a version has to stand on its own."""
     names = []

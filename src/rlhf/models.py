@@ -24,13 +24,21 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rlhf import RLHFError
+from rlhf import RLHFError, adapters
+from rlhf.bases import Start, loading_quantized, quantization, start_of
+from rlhf.objectives import token_logprobs
+from rlhf.unembed import logprobs, low_precision_of
 
 PAD_TOKEN = "<|pad|>"
 
 # Their logits are `lm_head(last hidden state)` and nothing else, so that single positions can be unembedded on their own.
 PLAIN_UNEMBEDDING = {"gpt2", "opt", "gpt_neo", "gpt_neox", "gptj", "bloom", "llama", "mistral", "qwen2", "qwen3", "phi"}
+
+
+# Bases that are loaded, by the sha256 of their weights: the model as it came, and the names of weights that it did not bring.
+Held = dict[str, tuple[Any, set[str]]]
 
 
 class ModelError(RLHFError):
@@ -65,21 +73,24 @@ def load_policy(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     resid_pdrop: float | None = None,
-) -> PreTrainedModel:
-    """A causal LM whose embeddings hold every token of `tokenizer`; `resid_pdrop` replaces its residual dropout."""
+    peft: Any = None,
+    trainable: bool = True,
+    bases: Held | None = None,
+) -> Any:
+    """A causal LM whose embeddings hold every token of `tokenizer`; `resid_pdrop` replaces its residual dropout.
+
+    peft: the stage's arguments, where they say what is trained (`adapters.attach`); without them an adapter is merged into its
+    base. bases: what other models have loaded; the weights are then theirs.
+    """
+    start = start_of(path, revision)
+    how = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     with _loading(path):
-        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-        _set_dropout(config, resid_pdrop)
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            revision=revision,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
+        config = AutoConfig.from_pretrained(
+            start.base.path, revision=start.base.revision, trust_remote_code=trust_remote_code
         )
-    fit_vocabulary(model, tokenizer)
-    return model
+        _set_dropout(config, resid_pdrop)
+        model, _ = _load_base(AutoModelForCausalLM, start, config, how, tokenizer, peft, bases)
+    return adapters.attach(model, start, peft, task="CAUSAL_LM", trainable=trainable)
 
 
 def load_scalar_model(
@@ -90,36 +101,97 @@ def load_scalar_model(
     dtype: str = "float32",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
-) -> PreTrainedModel:
+    peft: Any = None,
+    trainable: bool = True,
+    bases: Held | None = None,
+) -> Any:
     """A model with one number a position: `score(last hidden state)`, by transformers' sequence-classification classes.
 
     new_head: the checkpoint is a causal LM, whose unembedding is replaced by a head with weight N(0, 1/sqrt(d + 1)) (Stiennon et
-    al. 2020; InstructGPT C.2). Otherwise the checkpoint must bring its head. Dropout is off: a reward has one value.
+    al. 2020; InstructGPT C.2). Otherwise the checkpoint must bring its head. Dropout is off: a reward has one value. peft,
+    trainable, bases: as of load_policy; head and last norm are trained whole beside an adapter.
     """
+    start = start_of(path)
+    how = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     model: Any
     with _loading(path):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, num_labels=1)
-        _set_dropout(config, 0.0, everywhere=True)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
+        config = AutoConfig.from_pretrained(
+            start.base.path, revision=start.base.revision, trust_remote_code=trust_remote_code, num_labels=1
         )
+        _set_dropout(config, 0.0, everywhere=True)
+        model, missing = _load_base(AutoModelForSequenceClassification, start, config, how, tokenizer, peft, bases)
     if not hasattr(model, "score"):
         raise ModelError(f"{type(model).__name__} of {path} keeps its head elsewhere than in `score`; not supported")
-    missing = {str(key) for key in info["missing_keys"]}
-    if not new_head and any(key.startswith("score.") for key in missing):
+    if not new_head and not start.has_head and any(key.startswith("score.") for key in missing):
         raise ModelError(
             f"{path} has no scalar head (score.weight); give the folder of a reward model, as `make rm` writes it"
         )
     if new_head:
         width = model.score.weight.shape[-1]
         nn.init.normal_(model.score.weight, std=1 / math.sqrt(width + 1))
+    if start.reward_bias:
+        model.config.reward_bias = start.reward_bias
+    return adapters.attach(model, start, peft, task="SEQ_CLS", also=_head_modules(model), trainable=trainable)
+
+
+def _load_base(
+    kind: Any, start: Start, config: Any, how: dict[str, Any], tokenizer: Any, peft: Any, bases: Held | None
+) -> tuple[Any, set[str]]:
+    """The base of a model, at the tokenizer's size, and the names of weights that it did not bring.
+
+    Where `bases` holds these weights, the model is a twin of what holds them.
+    """
+    wanted = start.quantization if peft is None else quantization(peft)
+    if bases is not None and start.base.sha256 in bases:
+        found = _twin(kind, bases[start.base.sha256], config, how)
+        if found is not None:
+            fit_vocabulary(found[0], tokenizer)
+            return found
+    model, info = kind.from_pretrained(
+        start.base.path,
+        config=config,
+        revision=start.base.revision,
+        output_loading_info=True,
+        **how,
+        **loading_quantized(wanted),
+    )
     fit_vocabulary(model, tokenizer)
-    return model
+    adapters.settle_quantized(model)
+    missing = {str(key) for key in info["missing_keys"]}
+    if bases is not None:
+        bases.setdefault(start.base.sha256, (model, missing))
+        model = adapters.twin(model)
+        if "score.weight" in missing:
+            model.score.weight = nn.Parameter(model.score.weight.detach().clone())  # a head of its own
+    return model, missing
+
+
+def _twin(kind: Any, held: tuple[Any, set[str]], config: Any, how: dict[str, Any]) -> tuple[Any, set[str]] | None:
+    """A model of this kind over weights that are loaded; None where its backbone is of another class."""
+    model, missing = held
+    config.vocab_size = model.config.get_text_config().vocab_size
+    with torch.device("meta"):
+        skeleton = kind.from_config(config, **{**how, "dtype": model.dtype})
+    if type(skeleton) is type(model):
+        found = adapters.twin(model)
+        if "score.weight" not in missing:
+            return found, missing
+    else:
+        if kind is AutoModelForCausalLM or not hasattr(skeleton, "score"):
+            return None  # the unembedding would have to be loaded
+        found = adapters.twin(model, skeleton)
+        if found is None:
+            return None
+    # Zeros until a new head or an adapter's is put in their place.
+    found.score = nn.Linear(found.score.in_features, 1, bias=False, device=model.device, dtype=model.dtype)
+    nn.init.zeros_(found.score.weight)
+    return found.eval(), missing | {"score.weight"}
+
+
+def _head_modules(model: Any) -> list[str]:
+    """Names of the scalar head and of the last norm, which is where the reward's bias is kept."""
+    norm, _ = _last_norm(model)
+    return ["score", *(name for name, module in model.named_modules() if module is norm)]
 
 
 @contextlib.contextmanager
@@ -170,6 +242,26 @@ def switch_off_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def compile_layers(model: nn.Module) -> None:
+    """Compiles each transformer layer with torch.compile, in place: names and weights stay as they are.
+
+    Layers of a model are one piece of code, compiled once and again where a shape changes for the first time; a whole model
+    would be compiled anew for each number of positions that are read.
+    """
+    # One entry for each kind of call (policy, critic; with gradient, without; fixed and changing shapes), not for each layer.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile()
+
+
+def eagerly(model: nn.Module) -> contextlib.AbstractContextManager:
+    """A context in which compiled layers run as they were written: with a cache each step would be compiled anew."""
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
+
+
 def fit_vocabulary(model: Any, tokenizer: Any) -> None:
     """Grows the embeddings to the tokenizer, and never shrinks them; the model's special ids become the tokenizer's.
 
@@ -205,38 +297,87 @@ def context_length(model: PreTrainedModel) -> int | None:
 
 def accepts(model: Any, argument: str) -> bool:
     """Whether the forward takes this argument (BLOOM and MPT, for example, take no `position_ids`)."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return argument in inspect.signature(model.forward).parameters
+    return argument in inspect.signature(adapters.plain(model).forward).parameters
+
+
+def causal_mask(model: Any, attention_mask: Tensor) -> Tensor:
+    """The mask [B, L] of right-padded rows as the model shall get it.
+
+    A causal model's real tokens never see the padding behind them. So on CUDA the mask is left empty where positions do not
+    come from it, and attention runs as PyTorch's causal kernel (FlashAttention) instead of one that reads a mask [B, 1, L, L].
+    """
+    if attention_mask.is_cuda and model.config.model_type in PLAIN_UNEMBEDDING - {"bloom"}:
+        return torch.ones_like(attention_mask, dtype=torch.long)
+    return attention_mask.long()
 
 
 def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Last hidden states [B, L, H] of right-padded rows [B, L]."""
+    """Last hidden states [B, L, H] of right-padded rows [B, L]; those of padding mean nothing."""
+    model = adapters.plain(model)
     backbone = getattr(model, model.base_model_prefix)
-    return backbone(input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False).last_hidden_state
+    mask = causal_mask(model, attention_mask)
+    return backbone(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+
+def pick(states: Tensor, where: Tensor) -> Tensor:
+    """The states [N, ...] of [B, L, ...] at a mask [B, L], or at places [N] in the flattened rows (no wait for the GPU)."""
+    return states[where] if where.dtype == torch.bool else states.flatten(0, 1)[where]
 
 
 def logits_at(model: Any, input_ids: Tensor, attention_mask: Tensor, where: Tensor) -> Tensor:
-    """Logits [N, V] of the N positions where `where` [B, L] is True.
+    """Logits [N, V] of the N positions `where`: a mask [B, L], or places [N] in the flattened rows.
 
     Only these positions pass the unembedding: prompts and padding cost no V-wide row.
     """
     if model.config.model_type in PLAIN_UNEMBEDDING:
-        return model.get_output_embeddings()(hidden_states(model, input_ids, attention_mask)[where])
-    return model(input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False).logits[where]
+        return model.get_output_embeddings()(pick(hidden_states(model, input_ids, attention_mask), where))
+    return pick(model(input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False).logits, where)
+
+
+def logprobs_at(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    where: Tensor,
+    tokens: Tensor,
+    temperature: float = 1.0,
+    banned: Tensor | None = None,
+) -> Tensor:
+    """Log-probability [N] in nats of `tokens` [N] after the N positions `where`, among the ids that are not banned.
+
+    In float32; models in low precision take the unembedding by `rlhf.unembed`, without its rounding and its memory.
+    """
+    if model.config.model_type in PLAIN_UNEMBEDDING:
+        head = model.get_output_embeddings()
+        dtype = low_precision_of(head)
+        if dtype is not None:
+            states = pick(hidden_states(model, input_ids, attention_mask), where)
+            out = tokens.new_empty(0) if banned is None else banned
+            return logprobs(states, head.weight, tokens, temperature, out, dtype)
+    logits = logits_at(model, input_ids, attention_mask, where)
+    if banned is not None:
+        logits = logits.index_fill(-1, banned, float("-inf"))
+    return token_logprobs(logits[None], tokens[None], temperature)[0]
 
 
 def values_at(model: Any, input_ids: Tensor, attention_mask: Tensor, where: Tensor) -> Tensor:
-    """The scalar head's output [N] at the N positions where `where` [B, L] is True."""
-    hidden = hidden_states(model, input_ids, attention_mask)[where]
-    values = model.score(hidden).squeeze(-1).float()
+    """The scalar head's output [N] at the N positions `where`: a mask [B, L], or places [N] in the flattened rows."""
+    values = scalar_head(model, pick(hidden_states(model, input_ids, attention_mask), where))
     return values + getattr(model.config, "reward_bias", 0.0)
+
+
+def scalar_head(model: Any, hidden: Tensor) -> Tensor:
+    """One number [N] of hidden states [N, H], in the head's own precision also under autocast: bfloat16 has 8 bits."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        dtype = next(adapters.trained(model.score).parameters()).dtype
+        return model.score(hidden.to(dtype)).squeeze(-1).float()
 
 
 def scalar_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """The reward [B] of right-padded rows [B, L], read at the last real token (by the mask, never by comparing ids)."""
-    length = attention_mask.long().sum(dim=1, keepdim=True)
-    position = torch.arange(input_ids.shape[1], device=input_ids.device)
-    return values_at(model, input_ids, attention_mask, position == length - 1)
+    last = attention_mask.long().sum(dim=1) - 1
+    place = torch.arange(len(input_ids), device=input_ids.device) * input_ids.shape[1] + last
+    return values_at(model, input_ids, attention_mask, place)
 
 
 def add_reward_bias(model: Any, bias: float) -> str:
@@ -245,15 +386,17 @@ def add_reward_bias(model: Any, bias: float) -> str:
     The heads have no bias and a saved `score.bias` would be dropped, so the constant goes into the last norm's bias:
     w·(h + b·w/|w|²) = w·h + b. Models whose last norm has none (RMSNorm) get `reward_bias` in the config, which only we apply.
     """
+    model = adapters.plain(model)
     weight = model.score.weight.detach().float().reshape(-1)
     norm, projection = _last_norm(model)
+    norm = adapters.trained(norm)
     if norm is None or getattr(norm, "bias", None) is None or not weight.any():
         model.config.reward_bias = getattr(model.config, "reward_bias", 0.0) + float(bias)
         return "config.reward_bias"
     shift = bias * weight / weight.dot(weight)
     if projection is not None:
         # OPT-350m: the head reads P·norm(x), so the shift s in norm space must give P·s = b·w/|w|²; the part along Pᵀw will do.
-        direction = projection.weight.detach().float().T @ weight
+        direction = adapters.effective_weight(projection).T @ weight
         shift = bias * direction / direction.dot(direction)
     with torch.no_grad():
         norm.bias += shift.to(norm.bias.dtype)

@@ -29,8 +29,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, set_seed
 
-from rlhf import RLHFError, diagnosis, objectives
+from rlhf import RLHFError, adapters, diagnosis, objectives
 from rlhf.actors import ActorCritic, critic_source, distinct, load_models, refuse_other_tokenizers, reward_sources
+from rlhf.bases import check_optimizer, keep_embeddings_precise
 from rlhf.config import PPOArgs, to_dict
 from rlhf.data import fingerprint
 from rlhf.data.encode import blocks, encode_prompts
@@ -50,6 +51,7 @@ from rlhf.training import (
     log_folder,
     mark_complete,
     needs_gloo,
+    optimizer_name,
     publish,
     resolve,
     say,
@@ -97,6 +99,8 @@ def run(args: PPOArgs) -> Artifact | None:
             metrics=final_metrics(trainer, before, held_out),
             history=trainer.state.history,
             extra={"samples": trainer.state.samples[-4:]},
+            models={"here": actors.policy, "critic": actors.critic}
+            | ({} if trainer.average is None else {"ema": actors.policy}),
         )
         accelerator.end_training()
         return artifact
@@ -188,7 +192,8 @@ class PPO:
         self.state = State(kl_coef=args.kl_coef)
         self.average = None
         if args.ema_decay is not None:
-            self.average = [p.detach().float().clone() for p in model.policy.parameters()]
+            self.average = [p.detach().float().clone() for p in adapters.trained_parameters(model.policy)]
+        adapters.keep_only_trained(accelerator, model)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.peak = [group["lr"] for group in self.optimizer.param_groups]
 
@@ -370,8 +375,8 @@ class PPO:
             if real:
                 largest = float(objectives.ratio_max(logp, old, mask))
                 sums["policy/ratio_max"] = max(sums.get("policy/ratio_max", 0.0), largest)
-            for name, tensor in parts.items():
-                sums[name] = sums.get(name, 0.0) + float(tensor)
+            for name, figure in zip(parts, torch.stack([part.double() for part in parts.values()]).tolist()):
+                sums[name] = sums.get(name, 0.0) + figure
         return (policy + args.vf_coef * value) * self.accelerator.num_processes
 
     def pretraining_objective(self, text: Tensor, count: int, sums: dict[str, float]) -> Tensor:
@@ -435,7 +440,7 @@ class PPO:
             group["lr"] = peak * (0.1 + 0.9 * done)
 
     def policy_parameters(self) -> list[nn.Parameter]:
-        return list(self.accelerator.unwrap_model(self.model).policy.parameters())
+        return adapters.trained_parameters(self.accelerator.unwrap_model(self.model).policy)
 
     def show_samples(self, rollout: Rollout, bar: Progress) -> None:
         """Keeps and prints two episodes as text."""
@@ -505,8 +510,8 @@ class PPO:
             module = self.accelerator.unwrap_model(self.model)
             parts = {name: strip(weights, f"{name}.") for name in ("policy", "critic")}
             with quiet():
-                module.policy.save_pretrained(folder, state_dict=parts["policy"])
-                module.critic.save_pretrained(folder / "critic", state_dict=parts["critic"])
+                adapters.save(module.policy, folder, parts["policy"])
+                adapters.save(module.critic, folder / "critic", parts["critic"])
                 if self.average is not None:
                     self.save_average(module.policy, parts["policy"], folder / "ema")
             for place in (folder, folder / "critic", *([folder / "ema"] if self.average is not None else [])):
@@ -517,12 +522,13 @@ class PPO:
     def save_average(self, policy: Any, weights: dict[str, Tensor], folder: Path) -> None:
         averaged = dict(weights)
         shared: dict[int, Tensor] = {}
-        for (name, parameter), tensor in zip(policy.named_parameters(), self.average or []):
+        trained = [(name, parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad]
+        for (name, parameter), tensor in zip(trained, self.average or []):
             averaged[name] = shared[id(parameter)] = tensor.to(weights[name].dtype)
         for name, parameter in policy.named_parameters(remove_duplicate=False):
             if id(parameter) in shared:  # tied embeddings go by two names
                 averaged[name] = shared[id(parameter)]
-        policy.save_pretrained(folder, state_dict=averaged)
+        adapters.save(policy, folder, averaged)
 
 
 def optimizer_factory(args: PPOArgs) -> Callable[[ActorCritic], torch.optim.Optimizer]:
@@ -530,10 +536,11 @@ def optimizer_factory(args: PPOArgs) -> Callable[[ActorCritic], torch.optim.Opti
 
     Called before there is an Accelerator: TrainingArguments resets accelerate's state.
     """
+    check_optimizer(args.optim)
     try:
         chosen = TrainingArguments(
             output_dir=args.output_dir,
-            optim=args.optim,
+            optim=optimizer_name(args),
             adam_beta1=args.adam_beta1,
             adam_beta2=args.adam_beta2,
             adam_epsilon=args.adam_epsilon,
@@ -548,6 +555,8 @@ def optimizer_factory(args: PPOArgs) -> Callable[[ActorCritic], torch.optim.Opti
     def make(model: ActorCritic) -> torch.optim.Optimizer:
         rates = ((model.policy, args.learning_rate), (model.critic, args.critic_learning_rate))
         groups = [{"params": [p for p in part.parameters() if p.requires_grad], "lr": lr} for part, lr in rates]
+        if kwargs.get("optim_bits") == 8:
+            keep_embeddings_precise(model)
         return cls(groups, weight_decay=args.weight_decay, **kwargs)
 
     return make
@@ -627,6 +636,7 @@ def final_metrics(trainer: PPO, before: Rollout | None, held_out: Prompts) -> di
         "episodes": state.rollouts * trainer.args.batch_size,
         "rollouts": state.rollouts,
         "stopped": state.stopped if state.stopped != RUNNING else "all episodes done",
+        "weights_bytes": trainer.accelerator.unwrap_model(trainer.model).weight_bytes,
     }
     if before is None:
         return metrics

@@ -25,7 +25,7 @@ from transformers import (
 from rlhf.config import PretrainArgs
 from rlhf.data import fingerprint
 from rlhf.data.encode import blocks
-from rlhf.models import PAD_TOKEN, load_tokenizer
+from rlhf.models import PAD_TOKEN, compile_layers, load_tokenizer
 from rlhf.registry import Artifact, Registry
 from rlhf.training import (
     MarkComplete,
@@ -55,6 +55,8 @@ def run(args: PretrainArgs) -> Artifact | None:
         tokenizer = make_tokenizer(args, text["text"])
         train, held_out = token_blocks(args, tokenizer, text["text"])
         model = AutoModelForCausalLM.from_config(model_config(args, tokenizer))
+        if args.torch_compile:
+            compile_layers(model)
         model.loss_type = "ForCausalLM"  # said here, or transformers warns that the config does not say it
         trainer = Trainer(
             model=model,

@@ -15,7 +15,6 @@ Only local file systems give these promises: network file systems may have neith
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -44,11 +43,11 @@ from rlhf.manifest import (
     file_sha256,
     fsync,
     hash_and_flush,
-    is_weights,
     list_files,
     plain,
     provenance,
     tokenizer_sha256,
+    weights_sha256,
     write_json,
 )
 
@@ -122,9 +121,12 @@ class Artifact:
 
     @property
     def weights_sha256(self) -> str:
-        files = self.manifest["files"]
-        pairs = [[name, files[name]["sha256"]] for name in sorted(files) if is_weights(name)]
-        return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+        return weights_sha256(self.manifest["files"])
+
+    @property
+    def adapters(self) -> dict[str, dict[str, Any]]:
+        """Of each adapter, by its folder in the version, what it stands on; empty for whole weights."""
+        return dict(self.manifest.get("adapters") or {})
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,11 @@ class Registry:
         stage_dir = self._stage_dir(manifest["run"], manifest["stage"])
         manifest["files"] = _check_copy(folder, recorded)
         manifest["parents"] = [self._localised(parent, origin) for parent in recorded["parents"]]
+        if "adapters" in recorded:
+            manifest["adapters"] = {
+                part: self._localised(base, origin) if base["kind"] == "artifact" else base
+                for part, base in recorded["adapters"].items()
+            }
         try:
             stage_dir.mkdir(parents=True, exist_ok=True)
             with _locked(stage_dir):
@@ -220,6 +227,13 @@ class Registry:
             self._check(artifact)
         return artifact
 
+    def base_of(self, recorded: Mapping[str, Any]) -> Artifact:
+        """The version that an adapter stands on, checked: an entry of `Artifact.adapters` of kind "artifact"."""
+        match = _REF.fullmatch(recorded["ref"])
+        artifact = self._named(match) if match else self._find(str(self.root / recorded["ref"]))
+        self._check(artifact)
+        return artifact
+
     def list(self, run: str | None = None, stage: str | None = None) -> list[Artifact]:
         """All versions with a readable manifest, by run, stage, version; an unreadable one gives a warning line."""
         return list(self.scan(run, stage))
@@ -254,6 +268,12 @@ class Registry:
         for recorded_parent, parent in _parents(artifact):
             if parent is not None and parent.weights_sha256 != recorded_parent["sha256"]:
                 raise HashMismatch(f"{artifact.ref} was trained from other weights than {parent.path} holds now")
+        for recorded_base in artifact.adapters.values():
+            base = None
+            with suppress(MissingStage):
+                base = Registry(artifact.root).base_of(recorded_base) if recorded_base["kind"] == "artifact" else None
+            if base is not None and base.weights_sha256 != recorded_base["sha256"]:
+                raise HashMismatch(f"{artifact.ref} is an adapter on other weights than {base.path} holds now")
 
     def _check(self, artifact: Artifact, names: Sequence[str] | None = None) -> None:
         """Files as recorded (all but the card, which people edit, unless named) and one tokenizer down the line."""
@@ -450,8 +470,13 @@ class Draft:
         metrics: dict | None = None,
         device: str | None = None,
         extra: dict | None = None,
+        adapters: Mapping[str, dict] | None = None,
     ) -> Artifact:
-        """Make the folder the next version, all at once. `base_model` and revision come from the parents when None."""
+        """Make the folder the next version, all at once. `base_model` and revision come from the parents when None.
+
+        adapters: what each adapter in it stands on, by its folder ("." for the version's own): kind ("artifact", and then ref is
+        an Artifact, or "model"), ref, revision, sha256 of the base's weights.
+        """
         if self._published:
             raise RegistryError(f"the draft {self.path.name} of {self.run}/{self.stage} is published already")
         if base_model is None:
@@ -475,11 +500,17 @@ class Draft:
             "device": device,
             **provenance(),
         }
+        if adapters:
+            named = {p: {**b, "ref": self._name(b["ref"])} for p, b in adapters.items()}
+            manifest["adapters"] = plain(named, "adapters")
         try:
             manifest["files"] = hash_and_flush(self.path)
             return self._rename(manifest)
         except OSError as error:
             raise RegistryError(f"cannot publish to {self.path.parent}: {error.strerror or error}") from error
+
+    def _name(self, base: Artifact | str) -> str:
+        return _ref_from(self._registry.root, base) if isinstance(base, Artifact) else base
 
     def _rename(self, manifest: dict[str, Any]) -> Artifact:
         folder = self.path.parent

@@ -19,11 +19,20 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer, set_seed
 
+from rlhf import adapters
 from rlhf.config import RewardArgs
 from rlhf.data import fingerprint, load
 from rlhf.data.encode import encode_completions, encode_prompts, pad
 from rlhf.evaluation import ranking_metrics
-from rlhf.models import accepts, add_reward_bias, context_length, load_scalar_model, load_tokenizer
+from rlhf.models import (
+    accepts,
+    add_reward_bias,
+    compile_layers,
+    context_length,
+    load_scalar_model,
+    load_tokenizer,
+    scalar_head,
+)
 from rlhf.objectives import ranking_loss
 from rlhf.registry import Artifact, Registry
 from rlhf.training import (
@@ -61,7 +70,11 @@ def run(args: RewardArgs) -> Artifact | None:
             dtype=args.dtype,
             attn_implementation=args.attn_implementation,
             trust_remote_code=args.trust_remote_code,
+            peft=args,
         )
+        adapters.check_resume(model, resume)
+        if args.torch_compile:
+            compile_layers(model)
         comparisons, held_out = load_splits(args, "comparisons")
         limit = min(args.max_length, context_length(model) or args.max_length)
         train = encode(tokenizer, comparisons, limit)
@@ -98,6 +111,7 @@ def run(args: RewardArgs) -> Artifact | None:
             data=[fingerprint(comparisons)],
             metrics=metrics,
             history=trainer.state.log_history,
+            models={"here": model},
         )
 
 
@@ -173,9 +187,10 @@ def forward_scores(
     """Rewards [N] of the completions that end at `read`. Bound to the model as its forward, so that its engine sees the call."""
     mask = attention_mask.long() if segments is None else segment_mask(segments, model.dtype)
     extra = {} if position_ids is None else {"position_ids": position_ids}
+    model = adapters.plain(model)
     backbone = getattr(model, model.base_model_prefix)
     hidden = backbone(input_ids=input_ids, attention_mask=mask, use_cache=False, **extra).last_hidden_state
-    return model.score(hidden.flatten(0, 1)[read]).squeeze(-1).float()
+    return scalar_head(model, hidden.flatten(0, 1)[read])
 
 
 def segment_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,9 +17,9 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from rlhf.data.encode import batches, pad
-from rlhf.models import accepts, logits_at, values_at
-from rlhf.objectives import token_logprobs
+from rlhf.data.encode import batches, decode_completions, pad
+from rlhf.decoding import Decoder, can_preallocate
+from rlhf.models import accepts, eagerly, logprobs_at, values_at
 from rlhf.rewards import Episodes, Reward, weighted
 
 
@@ -84,7 +84,8 @@ class Rows:
     """Prompt and response of each episode as one row, padded on the right.
 
     ids, attention [B, L]. where [B, L]: the positions whose state comes before a response token. tokens [N]: these response
-    tokens, in the order in which `where` enumerates its positions, which is that of `mask` [B, T].
+    tokens, in the order in which `where` enumerates its positions, which is that of `mask` [B, T]. place [N]: these positions
+    in the flattened rows: known before the rows are on a GPU, which would be waited for to count them.
     """
 
     ids: Tensor
@@ -92,6 +93,7 @@ class Rows:
     where: Tensor
     tokens: Tensor
     mask: Tensor
+    place: Tensor
 
     def to(self, device: Any) -> Rows:
         return Rows(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
@@ -118,6 +120,7 @@ def join(prompts: Tensor, prompt_mask: Tensor, responses: Tensor, mask: Tensor, 
         where=where,
         tokens=responses[mask],
         mask=mask,
+        place=where.flatten().nonzero().squeeze(-1),
     )
 
 
@@ -170,6 +173,16 @@ def generate(
     Sequences that have ended leave the batch and its cache.
     """
     device = policy.device
+    if device.type == "cuda" and can_preallocate(policy):
+        return generate_in_place(
+            policy,
+            prompts,
+            draws,
+            temperature=temperature,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            banned=banned,
+        )
     ids, mask = (tensor.to(device) for tensor in pad(prompts, pad_token_id, side="left"))
     draws, banned = draws.to(device), banned.to(device)
     responses: list[list[int]] = [[] for _ in prompts]
@@ -199,6 +212,50 @@ def generate(
     return responses, ended
 
 
+CHECK_EVERY = 16  # tokens between two looks at which sequences have ended, each of which waits for the GPU
+
+
+@torch.no_grad()
+def generate_in_place(
+    policy: Any,
+    prompts: Sequence[Sequence[int]],
+    draws: Tensor,
+    *,
+    temperature: float,
+    eos_token_id: int,
+    pad_token_id: int,
+    banned: Tensor,
+) -> tuple[list[list[int]], list[bool]]:
+    """`generate` with a cache of its final size, sampling on the device, and a look at the host every few tokens only.
+
+    Sequences that have ended go on as PAD until half of the batch has: then the others go on without them.
+    """
+    device, (count, limit) = policy.device, draws.shape
+    ids, mask = (tensor.to(device) for tensor in pad(prompts, pad_token_id, side="left"))
+    draws, banned = draws.to(device), banned.to(device)
+    answers = torch.full((count, limit), pad_token_id, device=device)
+    rows, alive = torch.arange(count, device=device), torch.ones(count, dtype=torch.bool, device=device)
+    decoder = Decoder(policy, ids, mask, limit)
+    for t in range(limit):
+        logits = decoder.logits.index_fill(-1, banned, float("-inf"))
+        token = sample(logits, draws[rows, t], temperature).where(alive, pad_token_id)
+        answers[:, t].index_copy_(0, rows, token)
+        alive = alive & (token != eos_token_id)
+        if t + 1 == limit:
+            break
+        if (t + 1) % CHECK_EVERY == 0:
+            left = int(alive.sum())
+            if left == 0:
+                break
+            if 2 * left <= len(rows):
+                keep = alive.nonzero().squeeze(-1)
+                rows, alive, token = rows[keep], alive[keep], token[keep]
+                decoder.keep(keep)
+        decoder.step(token)
+    responses = [row[: row.index(eos_token_id) + 1] if eos_token_id in row else row for row in answers.tolist()]
+    return responses, [row[-1] == eos_token_id for row in responses]
+
+
 def sample_responses(
     policy: Any,
     prompts: Sequence[Sequence[int]],
@@ -214,15 +271,16 @@ def sample_responses(
     responses: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
     for batch in batches([len(p) for p in prompts], batch_size):
-        found, stopped = generate(
-            policy,
-            [prompts[i] for i in batch],
-            torch.stack([uniforms(*keys[i], response_length) for i in batch]),
-            temperature=temperature,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            banned=banned,
-        )
+        with eagerly(policy):
+            found, stopped = generate(
+                policy,
+                [prompts[i] for i in batch],
+                torch.stack([uniforms(*keys[i], response_length) for i in batch]),
+                temperature=temperature,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                banned=banned,
+            )
         for i, response, stop in zip(batch, found, stopped):
             responses[i], ended[i] = response, stop
     return responses, ended
@@ -233,8 +291,7 @@ def sample_responses(
 
 def response_logp(model: Any, rows: Rows, temperature: float, banned: Tensor) -> Tensor:
     """Log-probability [N] of each response token, among the ids that can be sampled, at the sampling temperature."""
-    logits = logits_at(model, rows.ids, rows.attention, rows.where).index_fill(-1, banned, float("-inf"))
-    return token_logprobs(logits[None], rows.tokens[None], temperature)[0]
+    return logprobs_at(model, rows.ids, rows.attention, rows.place, rows.tokens, temperature, banned)
 
 
 @dataclass(frozen=True)
@@ -281,7 +338,7 @@ def collect(actors: Actors, prompts: Prompts, keys: Sequence[tuple[int, int, int
         tokenizer=actors.tokenizer,
         banned=actors.banned,
     )
-    completions = actors.tokenizer.batch_decode(responses, skip_special_tokens=True)
+    completions = decode_completions(actors.tokenizer, responses)
     episodes = Episodes(prompts.ids, responses, prompts.texts, completions, prompts.columns)
     rewards = torch.stack([reward.score(episodes) for reward in actors.rewards], dim=1)
     prompt_ids, prompt_mask = pad(prompts.ids, actors.tokenizer.pad_token_id, side="left")
@@ -312,7 +369,7 @@ def evaluate_responses(actors: Actors, rollout: Rollout) -> Rollout:
         rows = rows_of(rollout, index, pad_id).to(device)
         found["logp"][index] = rows.fill(response_logp(actors.policy, rows, actors.temperature, banned)).cpu()
         found["logp_ref"][index] = rows.fill(response_logp(actors.reference, rows, actors.temperature, banned)).cpu()
-        found["values"][index] = rows.fill(values_at(actors.critic, rows.ids, rows.attention, rows.where)).cpu()
+        found["values"][index] = rows.fill(values_at(actors.critic, rows.ids, rows.attention, rows.place)).cpu()
     return replace(rollout, **found)
 
 

@@ -20,11 +20,22 @@ from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from rlhf import adapters
+from rlhf.bases import start_of
 from rlhf.config import SFTArgs
 from rlhf.data import fingerprint
-from rlhf.data.encode import blocks, encode_completions, encode_prompts
+from rlhf.data.encode import blocks, encode_demonstrations
 from rlhf.evaluation import answer, score_answers
-from rlhf.models import accepts, context_length, load_policy, load_scalar_model, load_tokenizer, quiet
+from rlhf.models import (
+    accepts,
+    causal_mask,
+    compile_layers,
+    context_length,
+    load_policy,
+    load_scalar_model,
+    load_tokenizer,
+    quiet,
+)
 from rlhf.registry import Artifact, Registry
 from rlhf.training import (
     MarkComplete,
@@ -60,22 +71,27 @@ def run(args: SFTArgs) -> Artifact | None:
             attn_implementation=args.attn_implementation,
             trust_remote_code=args.trust_remote_code,
             resid_pdrop=args.resid_pdrop,
+            peft=args,
         )
+        adapters.check_resume(model, resume)
         if args.packing:
             refuse_leaking_packing(model)
+        if args.torch_compile:
+            compile_layers(model)
         demonstrations, held_out = load_splits(args, "demonstrations")
         limit = min(args.max_length, context_length(model) or args.max_length)
         data = [fingerprint(demonstrations)]
         train = with_pretraining_mix(args, tokenizer, encode(args, tokenizer, demonstrations, limit), limit, data)
         evaluation = held_out_or_none(training_args, encode(args, tokenizer, held_out, limit, needed=False))
-        trainer = CompletionTrainer(
-            model=model,
-            args=training_args,
-            train_dataset=train,
-            eval_dataset=evaluation,
-            processing_class=tokenizer,
-            callbacks=[MarkComplete()],
-        )
+        with adapters.precision_kept(model):
+            trainer = CompletionTrainer(
+                model=model,
+                args=training_args,
+                train_dataset=train,
+                eval_dataset=evaluation,
+                processing_class=tokenizer,
+                callbacks=[MarkComplete()],
+            )
         chooser = choose_by_reward(args, registry, work, tokenizer, held_out, base)
         if chooser is not None:
             trainer.add_callback(chooser)
@@ -97,6 +113,7 @@ def run(args: SFTArgs) -> Artifact | None:
             data=data,
             metrics=metrics,
             history=trainer.state.log_history,
+            models={"here": model},
         )
 
 
@@ -117,18 +134,15 @@ def sft_arguments(args: SFTArgs, work: Any) -> SFTConfig:
 
 def encode(args: SFTArgs, tokenizer: Any, records: Dataset, limit: int, *, needed: bool = True) -> Dataset:
     """`input_ids` and `labels`, the prompt's labels -100; examples over the limits dropped and counted."""
-    prompts = encode_prompts(tokenizer, records["prompt"][:])
-    completions = encode_completions(tokenizer, records["completion"][:])
-    short = [len(p) <= args.max_prompt_length for p in prompts]
-    kept = keep_fitting("prompts of demonstrations", short, args.max_prompt_length, needed=needed)
-    fits = [len(prompts[i]) + len(completions[i]) <= limit for i in kept]
-    kept = [kept[i] for i in keep_fitting("demonstrations", fits, limit, needed=needed)]
-    return Dataset.from_dict(
-        {
-            "input_ids": [prompts[i] + completions[i] for i in kept],
-            "labels": [[-100] * len(prompts[i]) + completions[i] for i in kept],
-        }
+    rows = encode_demonstrations(
+        tokenizer, records["prompt"][:], records["completion"][:], every_turn=args.train_on == "every_turn"
     )
+    # A prompt is what stands before the first answer that is learned.
+    short = [next(i for i, label in enumerate(labels) if label != -100) <= args.max_prompt_length for _, labels in rows]
+    rows = [rows[i] for i in keep_fitting("prompts of demonstrations", short, args.max_prompt_length, needed=needed)]
+    fits = [len(ids) <= limit for ids, _ in rows]
+    rows = [rows[i] for i in keep_fitting("demonstrations", fits, limit, needed=needed)]
+    return Dataset.from_dict({"input_ids": [ids for ids, _ in rows], "labels": [labels for _, labels in rows]})
 
 
 def with_pretraining_mix(
@@ -166,7 +180,7 @@ class ChooseByReward(TrainerCallback):
         state.log_history.append({"epoch": state.epoch, "step": state.global_step, "eval_reward": score})
         if state.is_world_process_zero and score > self.best().get("eval_reward", float("-inf")):
             with quiet():
-                model.save_pretrained(self.folder)
+                adapters.save(model, self.folder)
             (self.folder / "best.json").write_text(json.dumps({"eval_reward": score, "epoch": state.epoch}))
 
     def best(self) -> dict[str, Any]:
@@ -176,7 +190,10 @@ class ChooseByReward(TrainerCallback):
     def load_best(self, model: Any) -> dict[str, Any]:
         """Puts the chosen weights into `model`; their score and epoch."""
         synchronise()
-        model.load_state_dict(load_policy(self.folder, self.tokenizer).state_dict())
+        if self.args.use_peft:
+            adapters.restore(model, self.folder)
+        else:
+            model.load_state_dict(load_policy(self.folder, self.tokenizer).state_dict())
         return {f"chosen_{name}": value for name, value in self.best().items()}
 
 
@@ -212,6 +229,7 @@ class CompletionTrainer(SFTTrainer):
         targets = inputs["labels"][:, 1:]
         keep = (targets != -100).any(dim=0).nonzero().squeeze(-1)
         plain = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+        plain["attention_mask"] = causal_mask(self.model, plain["attention_mask"])
         logits = model(**plain, logits_to_keep=keep, use_cache=False).logits
         total = cross_entropy(
             logits.flatten(0, 1).float(), targets[:, keep].flatten(), ignore_index=-100, reduction="sum"
@@ -245,7 +263,7 @@ def refuse_leaking_packing(model: Any) -> None:
 
 def restore_dropout(model: Any, path: str, args: SFTArgs) -> None:
     """The published config has the checkpoint's own dropout again: later stages decide theirs."""
-    if args.resid_pdrop is None:
+    if args.resid_pdrop is None or args.use_peft:
         return
     original = load_policy_config(path, args)
     for name in ("resid_pdrop", "dropout"):
@@ -257,4 +275,5 @@ def load_policy_config(path: str, args: SFTArgs) -> Any:
     """The config of the checkpoint that training started from."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(path, revision=args.model_revision, trust_remote_code=args.trust_remote_code)
+    base = start_of(path, args.model_revision).base
+    return AutoConfig.from_pretrained(base.path, revision=base.revision, trust_remote_code=args.trust_remote_code)

@@ -25,7 +25,8 @@ from filelock import FileLock, Timeout
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from rlhf import RLHFError, card
+from rlhf import RLHFError, adapters, card
+from rlhf.bases import check_optimizer
 from rlhf.config import StageArgs, TrainerArgs, to_dict
 from rlhf.data import load, split_by_key
 from rlhf.models import quiet
@@ -103,7 +104,6 @@ SHARED = [
     "adam_beta2",
     "adam_epsilon",
     "max_grad_norm",
-    "optim",
     "bf16",
     "logging_steps",
     "save_total_limit",
@@ -120,6 +120,7 @@ def trainer_arguments(
     values: dict[str, Any] = {name: getattr(args, name) for name in SHARED}
     values |= {
         "output_dir": str(work),
+        "optim": optimizer_name(args),
         "lr_scheduler_kwargs": args.scheduler_kwargs,
         "report_to": trackers(args) or "none",
         "eval_strategy": _eval_strategy(args),
@@ -131,6 +132,7 @@ def trainer_arguments(
         "restore_callback_states_from_checkpoint": False,
     }
     values |= more
+    check_optimizer(args.optim)
     known = cls.__dataclass_fields__
     new_name = "activation_checkpointing" in known  # what transformers calls it since 5.20
     values["activation_checkpointing" if new_name else "gradient_checkpointing"] = args.gradient_checkpointing
@@ -143,6 +145,11 @@ def trainer_arguments(
         return cls(**values | args.training_arguments)
     except (ValueError, TypeError) as error:
         raise TrainingError(f"{cls.__name__}: {' '.join(str(error).split())}") from error
+
+
+def optimizer_name(args: StageArgs) -> str:
+    """transformers' name of the optimiser: AdamW's fused kernels where there is CUDA."""
+    return "adamw_torch_fused" if args.optim == "adamw_torch" and torch.cuda.is_available() else args.optim
 
 
 def log_folder(work: Path) -> Path:
@@ -423,8 +430,11 @@ def publish(
     metrics: dict[str, Any] | None = None,
     history: Sequence[dict[str, Any]] = (),
     extra: dict[str, Any] | None = None,
+    models: dict[str, Any] | None = None,
 ) -> Artifact | None:
     """A new version of `stage`: `save(folder)` writes the weights and tokenizer, the rest is recorded beside them.
+
+    models: those that may be adapters, by their folder in the version (`here` for its own), so that their bases are recorded.
 
     Called by every process, since gathering sharded weights takes all of them; the first one writes and gets the artifact.
     `save` is called with None on the others.
@@ -445,9 +455,10 @@ def publish(
             "data": list(data),
             "metrics": metrics or {},
         }
-        card.write(draft.path, args.run_name, stage, **facts, extra=extra)
+        bases = adapters.records(**models or {})
+        card.write(draft.path, args.run_name, stage, **facts, extra=extra, adapters=bases)
         revision = args.model_revision if base_model else None
-        artifact = draft.publish(**facts, base_revision=revision, device=device_summary(), extra=extra)
+        artifact = draft.publish(**facts, base_revision=revision, device=device_summary(), extra=extra, adapters=bases)
     synchronise()
     say(f"published {artifact.ref}  ({artifact.path})")
     return artifact
@@ -467,7 +478,7 @@ def saver(accelerator: Any, model: Any, tokenizer: Any) -> Any:
         state = accelerator.get_state_dict(model)
         if folder is not None:
             with quiet():
-                accelerator.unwrap_model(model).save_pretrained(folder, state_dict=state)
+                adapters.save(accelerator.unwrap_model(model), folder, state)
                 tokenizer.save_pretrained(folder)
 
     return save

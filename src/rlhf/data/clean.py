@@ -8,41 +8,37 @@ Steps in their order: length, personal data, near-duplicates, prompts a user, an
 import hashlib
 import json
 import os
-import re
 import shutil
-import unicodedata
-import zlib
-from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
-from itertools import islice
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import phonenumbers
-import stdnum.iban
-import stdnum.luhn
-import stdnum.us.ssn
-from datasketch import MinHash, MinHashLSH
 
 from rlhf.data import files, named  # noqa: F401  (named registers its formats)
+from rlhf.data.duplicates import WORD, PromptIndex, key_of
 from rlhf.data.formats import detect
-from rlhf.data.reading import HEAD, Reading
+from rlhf.data.personal import masked, personal_data
+from rlhf.data.reading import HEAD, Reading, Told
 from rlhf.data.records import DataError, Problem, prompt_text
+from rlhf.data.sources import Name, name_of, sources
 
 Record = dict[str, Any]
 Step = Callable[[Record], Record | str]
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 WAITING = ".waiting"  # training records, until all prompts of evaluation are known
-LONG_PREFIX, LONG_SHARE = 200, 0.9  # characters that two long prompts share, and how much of the longer they are
-SUCCESSORS = 64  # kept prompts looked at that begin with a whole new one
-SHINGLE = 3  # words
-ROLE_MARK = re.compile(r"\n\W{0,9}\w[\w; ]{0,20}:\s{0,9}\Z")  # a last line like "Assistant:" or "### Response:"
-WORD = re.compile(r"\w+|[^\w\s]")
+EXAMPLE = 160  # characters of a removed prompt that a report shows
+WORDS = {  # what a step removes, for people
+    "length": "over the length limit",
+    "personal data": "with personal data",
+    "prompts a user": "beyond a user's share",
+    "leakage": "that evaluation asks",
+}
 
 
 @dataclass(frozen=True)
@@ -78,35 +74,40 @@ class Options:
 # ---- reading
 
 
-@dataclass
 class Source:
-    """The canonical records of one file, read one at a time: `for place, record in Source(path)`."""
+    """The canonical records of a source, read one at a time: `for place, record in Source(name)`.
 
-    path: Path
-    kind: str | None = None  # None: that of the first records
-    on_error: str = "stop"
-    skipped: Counter[str] = field(default_factory=Counter)
-    notes: Counter[str] = field(default_factory=Counter)
+    name:    as `rlhf.data.load` takes it; a Hub data set is streamed. Standard input and iterators give their records once.
+    kind:    None takes that of the first records.
+    told:    hears of each faulty record that is skipped: its place, and what is wrong.
+    """
 
-    def __post_init__(self) -> None:
-        if not self.path.is_file():
-            raise DataError(f"{self.path}: is no file; give one of {', '.join(files.SUFFIXES)}, or these with .gz")
-        head = [raw for _, raw in islice(files.read(self.path), HEAD) if not isinstance(raw, Problem)]
-        format = detect(head, self.kind or "prompts")
-        self.format = format.name if format else None  # None: the first record read says what is wrong
-        self.kind = self.kind or (format.kind if format else "prompts")
+    def __init__(
+        self, name: Name, kind: str | None = None, on_error: str = "stop", told: Told | None = None, **where: Any
+    ):
+        self.name, self.on_error, self.told, self.where = name, on_error, told, where
+        self.shown = name_of(name)
+        self.opened: Iterator[Iterator[files.Item]] = sources(name, stream=True, **where)
+        first = next(self.opened)
+        head = list(islice(first, HEAD))
+        self.opened = chain([chain(head, first)], self.opened)
+        format = detect([raw for _, raw in head if not isinstance(raw, Problem)], kind or "prompts")
+        self.kind = kind or (format.kind if format else "prompts")
+        self.reading = Reading(self.kind, self.shown, None, on_error, told)
+
+    @property
+    def skipped(self) -> Counter[str]:
+        return self.reading.skipped
+
+    @property
+    def notes(self) -> Counter[str]:
+        return self.reading.notes
 
     def __iter__(self) -> Iterator[tuple[str, Record]]:
-        reading = Reading(str(self.kind), str(self.path), self.format, self.on_error)
-        self.skipped, self.notes = reading.skipped, reading.notes
-        for place, raw in files.read(self.path):
-            reading.add(iter([(place, raw)]))
-            yield from ((place, record) for record in reading.rows)
-            reading.rows.clear()
-        if not reading.count:
-            raise DataError(
-                f"{self.path}: has no records ({reading.first_skipped or 'it is empty'}); give another file"
-            )
+        for items in self.opened:
+            yield from self.reading.records(items)
+        if not self.reading.count:
+            raise self.reading.nothing()
 
 
 def body(record: Record) -> str:
@@ -131,58 +132,16 @@ def length_counter(tokenizer: str | None) -> Callable[[str], int]:
 
 
 def over_length(limit: int, count: Callable[[str], int]) -> Step:
-    return lambda record: record if count(body(record)) <= limit else f"over {limit}"
+    def step(record: Record) -> Record | str:
+        text = body(record)
+        return record if len(text) <= limit or count(text) <= limit else f"over {limit}"
+
+    return step
 
 
 # ---- personal data
 
-EMAIL = re.compile(r"(?<![\w.+%-])[\w.+%-]+@(?:[\w-]+\.)+[^\W\d_]{2,}")
-PHONE = re.compile(r"\d(?:[\s()./-]*\d){6}")  # only what has seven digits is worth phonenumbers' time
-CARD_NUMBER = re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w-])")
-SSN = re.compile(r"(?<![\w-])\d{3}-\d{2}-\d{4}(?![\w-])")
-IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
-SIGNED = re.compile(
-    r"(?i:\b(?:regards|sincerely|yours truly|best wishes|cheers|thanks))(?:,|\s{0,3}\n)\s{0,5}((?:[A-Z][\w'’-]+ ?){1,3})"
-)
 IDS = ("user", "labeler")
-
-Span = tuple[int, int, str]
-
-
-def personal_data(text: str, region: str = "US") -> list[Span]:
-    """(start, end, what) of e-mail addresses, phone, card and social security numbers, IBANs, and names signed beside these.
-
-    A name is found only under a closing ("Regards, Ann Lee") in a text that has one of the others: templates of letters end
-    so, too. Names elsewhere, streets and dates of birth are not found.
-    """
-    found = [(m.start(), m.end(), "EMAIL") for m in EMAIL.finditer(text)]
-    for pattern, valid, what in (
-        (IBAN, stdnum.iban.is_valid, "IBAN"),
-        (CARD_NUMBER, stdnum.luhn.is_valid, "CARD"),
-        (SSN, stdnum.us.ssn.is_valid, "SSN"),
-    ):
-        found += [(m.start(), m.end(), what) for m in pattern.finditer(text) if valid(re.sub("[ -]", "", m[0]))]
-    if PHONE.search(text):
-        numbers = phonenumbers.PhoneNumberMatcher(text, region, leniency=phonenumbers.Leniency.VALID)
-        found += [(number.start, number.end, "PHONE") for number in numbers]
-    if found:
-        found += [(m.start(1), m.start(1) + len(m[1].rstrip()), "NAME") for m in SIGNED.finditer(text)]
-    return _apart(found)
-
-
-def _apart(spans: list[Span]) -> list[Span]:
-    """In their order, and of two that overlap the one found first: a card's digits may look like a phone number."""
-    kept: list[Span] = []
-    for start, end, what in spans:
-        if all(end <= other[0] or start >= other[1] for other in kept):
-            kept.append((start, end, what))
-    return sorted(kept)
-
-
-def masked(text: str, spans: list[Span]) -> str:
-    for start, end, what in reversed(spans):
-        text = f"{text[:start]}[{what}]{text[end:]}"
-    return text
 
 
 class PersonalData:
@@ -223,124 +182,24 @@ class PersonalData:
 # ---- near-duplicates
 
 
-def normalised(text: str) -> str:
-    """Words and marks in small letters with one space between, without a last line that only says whose turn it is."""
-    text = unicodedata.normalize("NFKC", ROLE_MARK.sub("", text))
-    return " ".join(WORD.findall(text.casefold()))
-
-
-class PromptIndex:
-    """The prompts kept so far, and why another one is a near-duplicate: "same", "prefix", "minhash", or None.
-
-    prefix:  one prompt begins with the whole of the other, which is at least this share of it; or both are long (200
-             characters) and nine tenths of the longer are the same beginning. Prompts made from templates have long
-             beginnings in common and are different questions, so a common beginning alone does not count.
-    minhash: Jaccard similarity of the sets of word triples, from candidates of MinHash LSH, computed exactly.
-    """
-
-    def __init__(self, prefix: float, minhash: float):
-        self.prefix, self.minhash = prefix, minhash
-        self.ordered: list[str] = []
-        self.wholes: set[bytes] = set()
-        self.shingles: list[np.ndarray] = []
-        # A little below, since LSH misses some that lie just above its own threshold.
-        self.lsh = MinHashLSH(threshold=0.9 * minhash, num_perm=128) if minhash else None
-        self.hashes = MinHash(num_perm=128, seed=1, hashfunc=int)
-
-    def add(self, text: str) -> None:
-        text = normalised(text)
-        digest = _digests(text)[-1][1]
-        if digest in self.wholes:
-            return
-        self.wholes.add(digest)
-        insort(self.ordered, text)
-        if self.lsh is not None:
-            shingles = _shingles(text)
-            self.lsh.insert(len(self.shingles), self._signature(shingles))
-            self.shingles.append(shingles)
-
-    def match(self, text: str) -> str | None:
-        text = normalised(text)
-        digests = _digests(text)
-        if digests[-1][1] in self.wholes:
-            return "same"
-        if self.prefix and (self._begins_or_begun(text, digests) or self._long_beginning(text)):
-            return "prefix"
-        return "minhash" if self.lsh is not None and self._similar(text) else None
-
-    def _begins_or_begun(self, text: str, digests: list[tuple[int, bytes]]) -> bool:
-        if any(end >= self.prefix * len(text) and digest in self.wholes for end, digest in digests):
-            return True
-        first = bisect_left(self.ordered, text + " ")
-        for longer in self.ordered[first : first + SUCCESSORS]:
-            if not longer.startswith(text + " "):
-                return False
-            if len(text) >= self.prefix * len(longer):
-                return True
-        return False
-
-    def _long_beginning(self, text: str) -> bool:
-        """Of all kept ones, those beside it in sorted order share the longest beginning."""
-        place = bisect_left(self.ordered, text)
-        for other in self.ordered[max(0, place - 1) : place + 1]:
-            common = _common(text, other)
-            if common >= LONG_PREFIX and common >= LONG_SHARE * max(len(text), len(other)):
-                return True
-        return False
-
-    def _similar(self, text: str) -> bool:
-        assert self.lsh is not None
-        shingles = _shingles(text)
-        for key in self.lsh.query(self._signature(shingles)):
-            common = len(np.intersect1d(shingles, self.shingles[key], assume_unique=True))
-            if common >= self.minhash * (len(shingles) + len(self.shingles[key]) - common):
-                return True
-        return False
-
-    def _signature(self, shingles: np.ndarray) -> MinHash:
-        signature = self.hashes.copy()  # shares the permutations, which are slow to draw
-        signature.update_batch(shingles.tolist())
-        return signature
-
-
-def _common(a: str, b: str) -> int:
-    """Characters at the beginning that two texts share."""
-    return next((place for place, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-
-
-def _digests(text: str) -> list[tuple[int, bytes]]:
-    """(end, digest) of each beginning of a normalised text that ends with a word."""
-    digest, end, found = hashlib.blake2b(digest_size=8), -1, []
-    for word in text.split(" "):
-        digest.update(word.encode() + b" ")
-        end += len(word) + 1
-        found.append((end, digest.copy().digest()))
-    return found
-
-
-def _shingles(text: str) -> np.ndarray:
-    words = text.split(" ")
-    starts = range(max(1, len(words) - SHINGLE + 1))
-    sums = {zlib.crc32(" ".join(words[start : start + SHINGLE]).encode()) for start in starts}
-    return np.array(sorted(sums), dtype=np.uint32)
-
-
 class NearDuplicates:
     """Keeps the first of near-duplicates. One prompt with several answers or rankings is none; the same record twice is."""
 
     def __init__(self, index: PromptIndex):
         self.index = index
-        self.records: set[bytes] = set()
+        self.records: set[int] = set()  # digests
 
     def __call__(self, record: Record) -> Record | str:
-        digest = hashlib.blake2b(as_line(record).encode(), digest_size=8).digest()
-        reason = self.index.match(body(record))
-        if reason == "same" and digest not in self.records and ("completion" in record or "completions" in record):
-            reason = None
+        text = body(record)
+        reason = self.index.match(text)
+        if "completion" in record or "completions" in record:
+            digest = int.from_bytes(hashlib.blake2b(as_line(record).encode(), digest_size=8).digest(), "big")
+            if reason == "same" and digest not in self.records:
+                reason = None
+            self.records.add(digest)
         if reason:
             return reason
-        self.index.add(body(record))
-        self.records.add(digest)
+        self.index.add(text)
         return record
 
 
@@ -384,7 +243,37 @@ class Report:
     found: Counter[str] = field(default_factory=Counter)  # pieces of personal data
     masked: int = 0
     skipped: int = 0
+    faults: list[tuple[str, str]] = field(default_factory=list)  # (place, what is wrong) of the first skipped ones
     splits: dict[str, dict[str, Any]] = field(default_factory=dict)
+    examples: dict[str, dict[str, str]] = field(default_factory=dict)  # the first record that a step removed
+
+    def remove(self, step: str, reason: str, place: str, record: Record) -> None:
+        self.removed[step][reason] += 1
+        if step not in self.examples:
+            text = shown_text(record, step)
+            self.examples[step] = {"place": place, "reason": reason, "text": text}
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """For each step in its order: step, kept, removed (records), reasons, and an example or None.
+
+        The example's text is shortened, and what the personal data step removed is masked in it.
+        """
+        kept, rows = self.read, []
+        for step, reasons in self.removed.items():
+            kept -= reasons.total()
+            row = {"step": step, "kept": kept, "removed": reasons.total(), "reasons": dict(reasons)}
+            rows.append({**row, "example": self.examples.get(step)})
+        return rows
+
+
+def shown_text(record: Record, step: str) -> str:
+    """A record's prompt on one line, short enough to print; without personal data where they are why it was removed."""
+    text = body(record)
+    if step == "personal data":
+        text = masked(text, personal_data(text))
+    text = " ".join(text.split())
+    return text if len(text) <= EXAMPLE else f"{text[: EXAMPLE // 2 - 2]} … {text[1 - EXAMPLE // 2 :]}"
 
 
 def steps_of(options: Options) -> dict[str, Step]:
@@ -405,44 +294,106 @@ Removal = Callable[[str, str, str, Record], None]  # place, step, reason, record
 
 
 def prepare(
-    path: Path,
+    name: Name,
     out: Path,
     options: Options,
     *,
     kind: str | None = None,
-    evaluation: tuple[Path, ...] = (),
+    evaluation: Sequence[Path] = (),
     on_error: str = "stop",
     removal: Removal | None = None,
+    **where: Any,
 ) -> Report:
     """Writes train.jsonl, validation.jsonl, test.jsonl, README.md and manifest.json into the new folder `out`, or nothing.
 
+    name, where: as `rlhf.data.load` takes them; read once, as they come.
     evaluation: files whose prompts must not be in the training split either.
-    removal:    told of every record that is removed.
+    removal:    told of every record that is removed, and of faulty ones that are skipped (step "fault", without the record).
     A line is JSON with sorted keys and without nulls, so that a file's sha256 is its `rlhf.data.fingerprint`.
     """
-    source = Source(path, kind, on_error)
-    if source.kind == "text":
-        raise DataError(f"{path}: holds text, and cleaning is for prompts, demonstrations and comparisons")
-    seen = PromptIndex(options.prefix, options.minhash)
-    for file in evaluation if options.leakage else ():
-        for _, record in Source(file, "prompts", on_error):
-            seen.add(body(record))
+    tell = removal or (lambda *_: None)
+    source = _source(name, kind, on_error, lambda place, problem: tell(place, "fault", problem, {}), **where)
+    seen = _prompts_of(evaluation, options, on_error)
     with staged(out) as folder:
-        report = _clean(source, folder, options, seen, removal or (lambda *_: None))
-        report.skipped = source.skipped.total()
+        report = _clean(source, folder, options, seen, tell)
+        report.skipped, report.faults = source.skipped.total(), source.reading.faults
         for split in (TRAIN, VALIDATION, TEST):
             if (folder / f"{split}.jsonl").exists():
                 report.splits[split] = _described(folder / f"{split}.jsonl")
         if TRAIN not in report.splits:
-            raise DataError(f"{path}: nothing is left for training of {report.read} records; turn steps off")
-        _write_card(folder, path, str(source.kind), options, report)
-        _write_manifest(folder, path, str(source.kind), options, evaluation, report)
+            raise DataError(f"{source.shown}: nothing is left for training of {report.read} records; turn steps off")
+        _write_card(folder, source, options, report)
+        _write_manifest(folder, source, options, evaluation, report)
     return report
 
 
-def _clean(source: Source, folder: Path, options: Options, seen: PromptIndex, removal: Removal) -> Report:
+def _source(name: Name, kind: str | None, on_error: str, told: Told | None = None, **where: Any) -> Source:
+    source = Source(name, kind, on_error, told, **where)
+    if source.kind == "text":
+        raise DataError(f"{source.shown}: holds text, and cleaning is for prompts, demonstrations and comparisons")
+    return source
+
+
+def _prompts_of(evaluation: Sequence[Path], options: Options, on_error: str) -> PromptIndex:
+    """What must not be trained on."""
+    seen = PromptIndex(options.prefix, options.minhash)
+    for file in evaluation if options.leakage else ():
+        for _, record in Source(file, "prompts", on_error):
+            seen.add(body(record))
+    return seen
+
+
+def clean_files(
+    paths: Sequence[Path],
+    out: Path,
+    options: Options | None = None,
+    *,
+    evaluation: Sequence[Path] = (),
+    on_error: str = "stop",
+) -> dict[str, Report]:
+    """The same steps without splits: each file's clean records in their order, under its own name (as .jsonl) in `out`.
+
+    evaluation: files whose prompts must not be in any of them (one index for all).
+    Returns a report a file, by its name without suffix; `summary` says them in one line. A file that is there is replaced.
+    """
+    options = replace(options or Options(), validation=0.0, test=0.0)
+    names = [path.name.removesuffix(".gz").rsplit(".", 1)[0] for path in paths]
+    if len(set(names)) < len(names) or any((out / f"{n}.jsonl").resolve() == p.resolve() for n, p in zip(names, paths)):
+        raise DataError(f"{out}: the clean files would overwrite each other or the raw ones; give another folder")
+    seen = _prompts_of(evaluation, options, on_error)
+    reports = {}
+    with staged(out / "clean", keep=False) as folder:
+        for name, path in zip(names, paths):
+            source = _source(path, None, on_error)
+            report = _clean(source, folder, options, seen, lambda *_: None)
+            report.skipped, report.faults = source.skipped.total(), source.reading.faults
+            if not (folder / f"{TRAIN}.jsonl").exists():
+                raise DataError(f"{path}: nothing is left of {report.read} records; turn steps off")
+            (folder / f"{TRAIN}.jsonl").replace(folder / f"{name}.jsonl")
+            reports[name] = report
+        for name in names:
+            (folder / f"{name}.jsonl").replace(out / f"{name}.jsonl")
+    return reports
+
+
+def summary(reports: Mapping[str, Report]) -> str:
+    """One line: "removed 402 of 8,361 records: 119 personal data, 283 near-duplicates"."""
+    total: Counter[str] = Counter()
+    for report in reports.values():
+        total.update({step: reasons.total() for step, reasons in report.removed.items()})
+    parts = ", ".join(f"{count:,} {WORDS.get(step, step)}" for step, count in total.items() if count)
+    read = sum(report.read for report in reports.values())
+    return f"removed {total.total():,} of {read:,} records" + (f": {parts}" if parts else "")
+
+
+def _clean(source: Source, folder: Path, options: Options, elsewhere: PromptIndex, removal: Removal) -> Report:
+    """elsewhere: prompts of evaluation files.
+
+    Of validation and test only the very prompts are looked for in training: near-duplicates have gone from the file as a whole.
+    """
     report, steps = Report(), steps_of(options)
     report.removed = {name: Counter() for name in (*steps, *(["leakage"] if options.leakage else []))}
+    held_out: set[int] = set()  # digests
     with _Lines(folder) as lines:
         for place, record in source:
             report.read += 1
@@ -450,32 +401,35 @@ def _clean(source: Source, folder: Path, options: Options, seen: PromptIndex, re
             if kept is None:
                 continue
             split = split_of(kept, options)
-            if split == TRAIN and options.leakage:
-                lines.write(WAITING, json.dumps([place, kept], default=str))
-                continue
-            lines.write(split, as_line(kept))
-            seen.add(body(kept))
-    _drop_leaks(folder, seen, report, removal)
+            if split != TRAIN or not options.leakage:
+                lines.write(split, as_line(kept))
+                held_out.add(key_of(body(kept)).digest)
+            elif reason := elsewhere.match(body(kept)):
+                report.remove("leakage", reason, place, kept)
+                removal(place, "leakage", reason, kept)
+            else:
+                lines.write(WAITING, f"{key_of(body(kept)).digest}\t{json.dumps(place)}\t{as_line(kept)}")
+    _drop_leaks(folder, held_out, report, removal)
     personal = steps.get("personal data")
     if isinstance(personal, PersonalData):
         report.found, report.masked = personal.found, personal.masked
     return report
 
 
-def _drop_leaks(folder: Path, seen: PromptIndex, report: Report, removal: Removal) -> None:
-    """Writes the training records that waited, less those whose prompt evaluation has."""
+def _drop_leaks(folder: Path, held_out: set[int], report: Report, removal: Removal) -> None:
+    """Writes the training records that waited, less those whose prompt validation or test has."""
     waiting = folder / f"{WAITING}.jsonl"
     if not waiting.exists():
         return
     with _Lines(folder) as lines:
-        for line in _lines_of(waiting):
-            place, record = json.loads(line)
-            reason = seen.match(body(record))
-            if reason:
-                report.removed["leakage"][reason] += 1
-                removal(place, "leakage", reason, record)
+        for waited in _lines_of(waiting):
+            digest, place, line = waited.rstrip("\n").split("\t", 2)
+            if int(digest) in held_out:
+                record = json.loads(line)
+                report.remove("leakage", "same", json.loads(place), record)
+                removal(json.loads(place), "leakage", "same", record)
             else:
-                lines.write(TRAIN, as_line(record))
+                lines.write(TRAIN, line)
     waiting.unlink()
 
 
@@ -483,7 +437,7 @@ def _through(steps: dict[str, Step], place: str, record: Record, report: Report,
     for name, step in steps.items():
         result = step(record)
         if isinstance(result, str):
-            report.removed[name][result] += 1
+            report.remove(name, result, place, record)
             removal(place, name, result, record)
             return None
         record = result
@@ -519,14 +473,16 @@ def _lines_of(path: Path) -> Iterator[str]:
         yield from stream
 
 
+ENCODER = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=str)
+
+
 def as_line(record: Record) -> str:
-    filled = {name: value for name, value in record.items() if value is not None}
-    return json.dumps(filled, ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=str)
+    return ENCODER.encode({name: value for name, value in record.items() if value is not None})
 
 
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` when all went well, and goes when it did not."""
+def staged(out: Path, keep: bool = True) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` when all went well, and goes when it did not (or is not to be kept)."""
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out}: is there already; give a new folder, or remove it")
@@ -535,6 +491,8 @@ def staged(out: Path) -> Iterator[Path]:
         out.resolve().parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir()
         yield folder
+        if not keep:
+            return
         for file in folder.iterdir():  # on the disk before the name is, so that a crash leaves nothing half there
             with open(file, "rb") as stream:
                 os.fsync(stream.fileno())
@@ -575,16 +533,14 @@ def removed_lines(report: Report) -> list[tuple[str, int, str]]:
     return rows
 
 
-def _write_manifest(
-    folder: Path, path: Path, kind: str, options: Options, evaluation: tuple[Path, ...], report: Report
-) -> None:
+def _write_manifest(folder: Path, source: Source, options: Options, evaluation: Sequence[Path], report: Report) -> None:
     from rlhf import __version__
 
     manifest = {
         "rlhf": __version__,
-        "kind": kind,
-        "source": {"name": path.name, "sha256": sha256_of(path)},
-        "evaluation": [{"name": file.name, "sha256": sha256_of(file)} for file in evaluation],
+        "kind": source.kind,
+        "source": _named(source.name, source.where),
+        "evaluation": [_named(file, {}) for file in evaluation],
         "options": asdict(options),
         "read": report.read,
         "skipped": report.skipped,
@@ -594,6 +550,18 @@ def _write_manifest(
         "card": {"file": "README.md", "sha256": sha256_of(folder / "README.md")},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _named(name: Name, where: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest says of a source: its name, and the sha256 of local files."""
+    given = {option: value for option, value in where.items() if value is not None}
+    path = Path(name_of(name))
+    if path.is_file():
+        return {"name": path.name, "sha256": sha256_of(path)}
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.is_file())
+        return {"name": path.resolve().name, **given, "files": {f.name: sha256_of(f) for f in found}}
+    return {"name": name_of(name), **(given if path.name != "standard input" else {})}
 
 
 CARD = """\
@@ -626,12 +594,12 @@ Not written here is where the records come from and under which licence: add it 
 """
 
 
-def _write_card(folder: Path, path: Path, kind: str, options: Options, report: Report) -> None:
+def _write_card(folder: Path, source: Source, options: Options, report: Report) -> None:
     splits = report.splits.items()
     text = CARD.format(
         data_files="\n".join(f"  - split: {split}\n    path: {found['file']}" for split, found in splits),
-        kind=kind,
-        name=path.name.split(".")[0],
+        kind=source.kind,
+        name=Path(source.shown).name.split(".")[0],
         total=sum(found["records"] for _, found in splits),
         read=report.read,
         splits="\n".join(f"| {split} | {found['records']} | {found['users']} |" for split, found in splits),

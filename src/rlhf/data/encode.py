@@ -20,15 +20,24 @@ from torch import Tensor
 
 Messages = list[dict[str, str]]
 
-# Used where a tokenizer has no template of its own; each turn ends as its completion will, with EOS.
+# Used where a tokenizer has no template of its own. An answer begins on its own line, since answers of conversations have no
+# leading space, and each earlier one ends as its completion will, with EOS: history reads as what the model was trained to write.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
     "{% elif message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\\n\\n' }}"
-    "{% else %}{{ 'Assistant: ' + message['content'] + eos_token + '\\n\\n' }}{% endif %}"
+    "{% else %}{{ 'Assistant:\\n' + message['content'] + eos_token + '\\n\\n' }}{% endif %}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
 )
+
+
+# What BERT's tokenizers split off whether or not a space stands there: ideographs, and the marks of Chinese texts.
+SPLIT_OFF = (
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002ceaf"
+    "\u2010-\u2027\u3001-\u3003\u3008-\u3011\uff01-\uff0f\uff1a-\uff1f"
+)
+BESIDE_CHINESE = re.compile(rf"(?<=[{SPLIT_OFF}]) +| +(?=[{SPLIT_OFF}])")
 
 
 def format_prompt(prompt: str | Messages, tokenizer: Any) -> str:
@@ -101,6 +110,52 @@ def encode_completions(
     rows = _as_text(tokenizer, completions)
     ended = [True] * len(rows) if ended is None else ended
     return [ids + ([tokenizer.eos_token_id] if end else []) for ids, end in zip(rows, ended)]
+
+
+def decode_completions(tokenizer: Any, rows: Sequence[Sequence[int]] | Tensor) -> list[str]:
+    """The texts of sampled tokens, without special tokens. Encoded again they give the same tokens, but for what WordPiece drops.
+
+    WordPiece puts a space between any two tokens; Chinese has none, so those beside its characters and marks are taken away.
+    """
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    if type(decoder).__name__ != "WordPiece":
+        return texts
+    return [BESIDE_CHINESE.sub("", text) for text in texts]
+
+
+def encode_demonstrations(
+    tokenizer: Any, prompts: Sequence[str | Messages], completions: Sequence[str], *, every_turn: bool = True
+) -> list[tuple[list[int], list[int]]]:
+    """(input_ids, labels) for supervised training: labels are the answers' tokens with their EOS, and -100 elsewhere.
+
+    every_turn: the assistant's earlier answers in a conversation are learned, too. Each is the tokens that the model would have
+    to write there; where the template writes them otherwise into the history (it trims them, or leaves out their reasoning), the
+    turns before and after become rows of their own, so that a conversation may give more than one row.
+    """
+    turns = [[*(_earlier(prompt) if every_turn else []), (prompt, end)] for prompt, end in zip(prompts, completions)]
+    heads = iter(encode_prompts(tokenizer, [prompt for turn in turns for prompt, _ in turn]))
+    answers = iter(encode_completions(tokenizer, [answer for turn in turns for _, answer in turn]))
+    rows: list[tuple[list[int], list[int]]] = []
+    for turn in turns:
+        ids: list[int] = []
+        labels: list[int] = []
+        for _, head, answer in zip(turn, heads, answers):
+            if head[: len(ids)] != ids:
+                rows.append((ids, labels))
+                ids, labels = [], []
+            labels = labels + [-100] * (len(head) - len(ids)) + answer
+            ids = head + answer
+        rows.append((ids, labels))
+    return rows
+
+
+def _earlier(prompt: str | Messages) -> list[tuple[Messages, str]]:
+    """The answers within a prompt, each with the conversation before it; an opening that answers nobody is none."""
+    if isinstance(prompt, str):
+        return []
+    answered = [i for i, message in enumerate(prompt) if i and message["role"] == "assistant"]
+    return [(prompt[:i], prompt[i]["content"]) for i in answered]
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -101,52 +101,58 @@ def _parsed(text: str) -> Any:
         raise Problem(f"malformed JSON ({error}); mend or remove it") from None
 
 
-def _object(value: Any) -> Any:
+def as_object(value: Any) -> Any:
     if isinstance(value, dict):
         return value
+    if isinstance(value, Mapping):
+        return dict(value)
     return Problem("a record must be an object with named fields; mend or remove it")
 
 
 def _read_json(path: Path) -> Iterator[Item]:
-    """One record a line, or one array (or one object) over the whole file; the first character decides."""
     with _opened(path) as stream:
-        lines = _lines(stream)
-        for number, line in lines:
-            if not line.strip():
-                continue
-            if line.lstrip()[:1] == b"[":
-                yield from _whole(path, number, line + stream.read())
+        yield from read_json(str(path), stream)
+
+
+def read_json(path: str, stream: IO[bytes]) -> Iterator[Item]:
+    """One record a line, or one array (or one object) over the whole file; the first character decides."""
+    lines = _lines(stream)
+    for number, line in lines:
+        if not line.strip():
+            continue
+        if line.lstrip()[:1] == b"[":
+            yield from _whole(path, number, line + stream.read())
+            return
+        item = _line(path, number, line)
+        if isinstance(item[1], Problem) and line.lstrip()[:1] == b"{":
+            rest = stream.read()
+            spread = _spread_object(line + rest)
+            if spread is not None:
+                yield f"{path}:{number}", spread
                 return
-            item = _line(path, number, line)
-            if isinstance(item[1], Problem) and line.lstrip()[:1] == b"{":
-                rest = stream.read()
-                spread = _spread_object(line + rest)
-                if spread is not None:
-                    yield f"{path}:{number}", spread
-                    return
-                lines = enumerate(io.BytesIO(rest), start=number + 1)
-            yield item
-            break
-        yield from (_line(path, number, line) for number, line in lines if line.strip())
+            lines = enumerate(io.BytesIO(rest), start=number + 1)
+        yield item
+        break
+    yield from (_line(path, number, line) for number, line in lines if line.strip())
 
 
-def _line(path: Path, number: int, line: bytes) -> Item:
+def _line(path: str, number: int, line: bytes) -> Item:
     try:
-        return f"{path}:{number}", _object(_parsed(_text(line)))
+        return f"{path}:{number}", as_object(_parsed(_text(line)))
     except Problem as problem:
         return f"{path}:{number}", problem
 
 
-def _whole(path: Path, number: int, data: bytes) -> Iterator[Item]:
+def _whole(path: str, number: int, data: bytes) -> Iterator[Item]:
     try:
         values = _parsed(_text(data))
     except Problem as problem:
         raise DataError(f"{_place(path, number, data, problem)}: {problem}") from None
     for position, value in enumerate(values, start=1):
-        yield f"{path}, record {position}", _object(value)
+        yield f"{path}, record {position}", as_object(value)
 
 
-def _place(path: Path, number: int, data: bytes, problem: Problem) -> str:
+def _place(path: Path | str, number: int, data: bytes, problem: Problem) -> str:
     """The line of the byte or character at fault, where the problem names one."""
     found = re.match(r"(byte|malformed JSON at character) (\d+)", str(problem))
     if not found:

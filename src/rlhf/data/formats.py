@@ -6,11 +6,12 @@ record. `named.py` holds the formats of single data sets. A function raises `Pro
 for a record in order that carries nothing; a key `note` in what it returns is taken off and counted.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
+from rlhf.data.files import Item
 from rlhf.data.records import (
     Fields,
     Nothing,
@@ -25,6 +26,7 @@ from rlhf.data.records import (
 )
 
 Canonical = dict[str, Any]
+Gather = Callable[[Iterator[Item]], Iterator[Item]]
 SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",
@@ -45,18 +47,21 @@ class Format:
     fits: Callable[[Fields], bool]
     convert: Callable[[Fields], list[Canonical]]
     last: bool = False
+    gather: Gather | None = None  # rows of a file that together make one record
 
 
 FORMATS: dict[str, Format] = {}
 
 
-def register(name: str, kind: str, fits: Callable[[Fields], bool], *, last: bool = False) -> Callable:
+def register(
+    name: str, kind: str, fits: Callable[[Fields], bool], *, last: bool = False, gather: Gather | None = None
+) -> Callable:
     """Adds the decorated function as the format `name`, which gives records of `kind`."""
 
     def add(convert: Callable[[Fields], list[Canonical]]) -> Callable[[Fields], list[Canonical]]:
         if name in FORMATS:
             raise ValueError(f"format {name!r} is registered twice")
-        FORMATS[name] = Format(name, kind, fits, convert, last)
+        FORMATS[name] = Format(name, kind, fits, convert, last, gather)
         return convert
 
     return add

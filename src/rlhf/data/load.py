@@ -2,25 +2,21 @@
 
 import hashlib
 import json
-import os
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import datasets
 
-from rlhf.data import files, named  # noqa: F401  (named registers its formats)
+from rlhf.data import named  # noqa: F401  (registers its formats)
 from rlhf.data.formats import FORMATS
 from rlhf.data.reading import Reading
 from rlhf.data.records import KINDS, REQUIRED, DataError, prompt_text
-
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+from rlhf.data.sources import Name, name_of, sources
 
 
 def load(
     kind: str,
-    name: str | os.PathLike[str],
+    name: Name,
     *,
     data_dir: str | None = None,
     config_name: str | None = None,
@@ -29,7 +25,7 @@ def load(
     on_error: str = "stop",
     revision: str | None = None,
 ) -> datasets.Dataset:
-    """The canonical records of `kind` from a local file, a local folder or a Hub data set.
+    """The canonical records of `kind` from a local file, a local folder, a Hub data set, "-" (standard input), or records.
 
     data_dir:    a folder inside `name`, local or on the Hub.
     config_name, revision: of a Hub data set.
@@ -42,9 +38,8 @@ def load(
     _check_choice("on_error", on_error, ("stop", "skip"))
     if format is not None:
         _check_choice("format", format, tuple(FORMATS))
-    name = os.fspath(name)
-    reading = Reading(kind, name, format, on_error)
-    for items in _sources(name, data_dir, config_name, split, revision):
+    reading = Reading(kind, name_of(name), format, on_error)
+    for items in sources(name, data_dir=data_dir, config_name=config_name, split=split, revision=revision):
         reading.add(items)
     return reading.dataset()
 
@@ -52,72 +47,6 @@ def load(
 def _check_choice(option: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise DataError(f"{option} is {value!r}, and must be one of {', '.join(choices)}")
-
-
-# Where records come from
-
-
-def _sources(
-    name: str, data_dir: str | None, config_name: str | None, split: str, revision: str | None
-) -> Iterator[Iterator[files.Item]]:
-    """One iterator of (place, raw record) for each file, or one for a saved or Hub data set."""
-    path = Path(name)
-    if data_dir and path.is_dir():
-        path = path / data_dir
-        if not _exists(path):
-            raise DataError(f"{path}: the folder does not exist; data_dir is a folder inside {name}")
-    if not _exists(path):
-        yield _table_items(name, _from_hub(name, data_dir, config_name, split, revision))
-        return
-    if config_name is not None or revision is not None:
-        raise DataError(f"{path} is local, and config_name and revision are for Hub data sets; leave them out")
-    if not re.fullmatch(r"\w+", split):
-        raise DataError(
-            f"split is {split!r}, and local data have plain splits like 'train'; slices are for Hub data sets"
-        )
-    if path.is_dir() and any((path / mark).is_file() for mark in ("dataset_dict.json", "dataset_info.json")):
-        yield _table_items(str(path), _from_disk(path, split))
-    elif path.is_dir():
-        yield from (files.read(file) for file in files.files_in(path, split))
-    else:
-        yield files.read(path)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
-
-
-def _table_items(name: str, dataset: datasets.Dataset) -> Iterator[files.Item]:
-    return ((f"{name}, record {position}", record) for position, record in enumerate(dataset, start=1))
-
-
-def _from_disk(path: Path, split: str) -> datasets.Dataset:
-    try:
-        saved = datasets.load_from_disk(str(path))
-    except Exception as error:  # the library raises many kinds for one fact: the folder is not whole
-        raise DataError(f"{path}: cannot be loaded as a saved data set ({error}); save it again") from error
-    if isinstance(saved, datasets.DatasetDict):
-        if split not in saved:
-            raise DataError(f"{path}: has no split {split!r}; it has: {', '.join(saved)}")
-        return saved[split]
-    return saved
-
-
-def _from_hub(
-    name: str, data_dir: str | None, config_name: str | None, split: str, revision: str | None
-) -> datasets.Dataset:
-    if not HUB_ID.fullmatch(name) or files.suffix_of(Path(name)) in files.SUFFIXES:
-        raise DataError(f"{name!r}: the file does not exist; check the path (from {Path.cwd()})")
-    try:
-        return datasets.load_dataset(name, config_name, data_dir=data_dir, split=split, revision=revision)
-    except Exception as error:  # no network, no such set, gated, no such split: as many exception types as causes
-        raise DataError(
-            f"{name!r}: no such local file or folder, and the Hub gave {type(error).__name__}: {error}; "
-            "check the name, the network, and the access to the data set"
-        ) from error
 
 
 # Splits and fingerprints

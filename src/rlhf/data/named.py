@@ -4,11 +4,13 @@ Instructions and questions get the section headings of Alpaca's template (`instr
 one of these sets is asked in the same words by another. Prompts that a set writes out in full are kept as they are.
 """
 
-from itertools import combinations
+from collections.abc import Iterator
+from itertools import combinations, groupby
 from typing import Any
 
+from rlhf.data.files import Item
 from rlhf.data.formats import Canonical, has, has_texts, register
-from rlhf.data.records import Fields, Nothing, Problem, choice_at, dotted, list_at, number_at, text_at, value_at
+from rlhf.data.records import Fields, Nothing, Problem, choice_at, dotted, list_at, number_at, shown, text_at, value_at
 
 INSTRUCTION, INPUT, RESPONSE = "### Instruction:\n", "### Input:\n", "### Response:\n"
 
@@ -243,6 +245,44 @@ def _ranked_replies(record: Fields, path: tuple, ranked: list[int], prompt: list
         "completions": [text_at(record, *path, n, "text") for n in ranked],
         "ranks": ranks_of([-rank for rank in ranks]),
     }
+
+
+def trees(items: Iterator[Item]) -> Iterator[Item]:
+    """OASST's other form, one message a row: the rows of a tree, which stand together, as the tree."""
+    for tree, rows in groupby(items, key=_tree_of):
+        if tree is None:
+            yield from ((place, raw if isinstance(raw, Problem) else NO_TREE) for place, raw in rows)
+            continue
+        found = list(rows)
+        yield found[0][0], _tree([row for _, row in found])
+
+
+NO_TREE = Problem("field 'message_tree_id' must be a text; fill it in")
+
+
+def _tree_of(item: Item) -> str | None:
+    tree = item[1].get("message_tree_id") if isinstance(item[1], dict) else None
+    return tree if isinstance(tree, str) else None
+
+
+def _tree(rows: list[dict[str, Any]]) -> dict[str, Any] | Problem:
+    nodes = {str(row.get("message_id")): {**row, "replies": []} for row in rows}
+    roots: list[dict[str, Any]] = []
+    for node in nodes.values():
+        parent = node.get("parent_id")
+        if parent is not None and str(parent) not in nodes:
+            return Problem(
+                f"field 'parent_id' is {shown(parent)}, a message that its tree has not; put its rows together"
+            )
+        (roots if parent is None else nodes[str(parent)]["replies"]).append(node)
+    if len(roots) != 1 or len(nodes) < len(rows):
+        return Problem("field 'message_id' or 'parent_id' makes no tree of the rows from here; mend the ids")
+    return {"prompt": roots[0]}
+
+
+@register("oasst-messages", "comparisons", has("message_id", "message_tree_id", "role", "text"), gather=trees)
+def oasst_messages(record: Fields) -> list[Canonical]:
+    return oasst(record)
 
 
 # Questions and prompts without an answer to learn from

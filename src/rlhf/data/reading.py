@@ -1,10 +1,11 @@
 """From raw records to one table of canonical records, with the counts of what was left out."""
 
+import hashlib
 import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from rlhf.data.records import (
 logger = logging.getLogger(__name__)
 
 HEAD = 32  # records that detection looks at
+LISTED = 10  # faulty records that are named one by one; all are counted
 CHUNK = 10_000  # records turned into Arrow at a time
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 TYPES = {
@@ -43,32 +45,48 @@ TYPES = {
 }
 
 
-class Reading:
-    """The records read so far, and the counts of those left out."""
+Told = Callable[[str, str], None]  # place, what is wrong
 
-    def __init__(self, kind: str, name: str, format: str | None, on_error: str):
+
+class Reading:
+    """The records read so far, and the counts of those left out; `told` hears of each faulty one that is skipped."""
+
+    def __init__(self, kind: str, name: str, format: str | None, on_error: str, told: Told | None = None):
         self.kind, self.name, self.format, self.on_error = kind, name, format, on_error
+        self.told = told
         self.formats: Counter[str] = Counter()
         self.skipped: Counter[str] = Counter()
-        self.first_skipped = ""
+        self.faults: list[tuple[str, str]] = []  # (place, what is wrong) of the first ones
         self.notes: Counter[str] = Counter()
         self.count = 0
         self.prompt_type: type | None = None
-        self.seen: set[str] = set()
+        self.seen: set[int] = set()  # digests
         self.rows: list[dict[str, Any]] = []
         self.tables: list[pa.Table] = []
 
     def add(self, items: Iterator[Item]) -> None:
-        """One file's records."""
+        """Keeps one file's records for `dataset`."""
+        for _, record in self.records(items):
+            self.rows.append(record)
+            if len(self.rows) == CHUNK:
+                self._flush()
+
+    def records(self, items: Iterator[Item]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(place, canonical record) of one file, as they are read."""
         head = list(islice(items, HEAD))
         format = self._format_of(head)
-        for place, raw in chain(head, items):
+        items = chain(head, items)
+        for place, raw in format.gather(items) if format and format.gather else items:
+            made: list[dict[str, Any]] = []
             try:
-                self._keep(raw, format)
+                made = self._made(raw, format)
             except Problem as problem:
                 self._leave_out(place, problem)
             except Nothing as reason:
                 self.notes[f"left out: {reason}"] += 1
+            for record in made:
+                self.count += 1
+                yield place, record
 
     def _format_of(self, head: list[Item]) -> Format | None:
         records = [raw for _, raw in head if not isinstance(raw, Problem)]
@@ -88,18 +106,19 @@ class Reading:
         self.formats[format.name] += 0
         return format
 
-    def _keep(self, raw: Any, format: Format | None) -> None:
+    def _made(self, raw: Any, format: Format | None) -> list[dict[str, Any]]:
         """All that one raw record gives, or nothing of it where a part is at fault."""
         if isinstance(raw, Problem):
             raise raw
         assert format is not None  # only a file without a readable record has none
         made = [self._canonical(record, format) for record in format.convert(raw)]
-        distinct = self.kind == "prompts" and format.kind != "prompts"
-        for record, notes in made:
+        for _, notes in made:
             self.notes.update(notes)
-            if not distinct or self._is_new(record["prompt"]):
-                self._take(record)
         self.formats[format.name] += 1
+        if isinstance(raw.get("id"), (str, int)) and not self._is_new("id", raw["id"]):
+            self.notes["with an id that came before"] += 1
+        distinct = self.kind == "prompts" and format.kind != "prompts"
+        return [record for record, _ in made if not distinct or self._is_new("prompt", record["prompt"])]
 
     def _canonical(self, record: dict[str, Any], format: Format) -> tuple[dict[str, Any], list[str]]:
         notes = [record.pop("note")] if format.kind == "comparisons" and "note" in record else []
@@ -112,23 +131,20 @@ class Reading:
         self.prompt_type = prompt_type
         return converted(record, format.kind, self.kind), notes
 
-    def _is_new(self, prompt: Any) -> bool:
-        """Whether a prompt taken from a record of another kind comes for the first time."""
-        key = json.dumps(prompt)
-        is_new = key not in self.seen
-        self.seen.add(key)
-        return is_new
-
-    def _take(self, record: dict[str, Any]) -> None:
-        self.rows.append(record)
-        self.count += 1
-        if len(self.rows) == CHUNK:
-            self._flush()
+    def _is_new(self, name: str, value: Any) -> bool:
+        """Whether an id, or a prompt taken from a record of another kind, comes for the first time."""
+        digest = hashlib.blake2b(json.dumps([name, value]).encode(), digest_size=8).digest()
+        before = len(self.seen)
+        self.seen.add(int.from_bytes(digest, "big"))
+        return len(self.seen) > before
 
     def _leave_out(self, place: str, problem: Problem) -> None:
         if self.on_error == "stop":
             raise DataError(f"{place}: {problem} (on_error='skip' leaves such records out)")
-        self.first_skipped = self.first_skipped or f"{place}: {problem}"
+        if self.told:
+            self.told(place, str(problem))
+        if len(self.faults) < LISTED:
+            self.faults.append((place, str(problem)))
         self.skipped[re.sub(r"(?<=[\[ ])\d+", "N", str(problem))] += 1
 
     def _flush(self) -> None:
@@ -140,10 +156,7 @@ class Reading:
         self._flush()
         self._log()
         if not self.tables:
-            if self.skipped:
-                raise DataError(f"{self.name}: every record was skipped; the first: {self.first_skipped}")
-            why = "; ".join(self.notes) or "it is empty"
-            raise DataError(f"{self.name}: has no records ({why}); give a file with {self.kind}")
+            raise self.nothing()
         try:
             table = pa.concat_tables(self.tables, promote_options="permissive")
         except pa.ArrowException as error:
@@ -152,12 +165,24 @@ class Reading:
         info = datasets.DatasetInfo(dataset_name=_shown_name(self.name))
         return datasets.Dataset(InMemoryTable(table), info=info)
 
+    def nothing(self) -> DataError:
+        """Why there is no record."""
+        if self.skipped:
+            return DataError(f"{self.name}: every record was skipped; the first: {': '.join(self.faults[0])}")
+        why = "; ".join(self.notes) or "it is empty"
+        return DataError(f"{self.name}: has no records ({why}); give a file with {self.kind}")
+
     def _log(self) -> None:
         read = ", ".join(f"{count} as {name}" for name, count in self.formats.items())
         logger.info("%s: %d %s (%s)", self.name, self.count, self.kind, read or "nothing read")
         if self.skipped:
             reasons = "; ".join(f"{count}: {reason}" for reason, count in self.skipped.most_common(4))
-            logger.warning("%s: skipped %d records (%s)", self.name, sum(self.skipped.values()), reasons)
+            count = self.skipped.total()
+            logger.warning("%s: skipped %d records (%s)", self.name, count, reasons)
+            for place, problem in self.faults:
+                logger.warning("skipped %s: %s", place, problem)
+            if count > len(self.faults):
+                logger.warning("… and %d more", count - len(self.faults))
         if self.notes:
             logger.warning("%s: %s", self.name, "; ".join(f"{count} {note}" for note, count in self.notes.items()))
 

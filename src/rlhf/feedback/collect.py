@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.data.encode import encode_prompts
+from rlhf.data.encode import decode_completions, encode_prompts
 from rlhf.models import banned_ids
 from rlhf.rollout import sample_responses
 
@@ -48,7 +48,7 @@ def collect_completions(
         tokenizer=tokenizer,
         banned=banned_ids(policy, tokenizer),
     )
-    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    texts = decode_completions(tokenizer, tokens)
     shown: list[dict[str, bool]] = [{} for _ in prompts]
     for (_, i), text, end in zip(jobs, texts, ended):
         if text.strip():

@@ -217,15 +217,20 @@ def _step_transient(held: States, job: Job, setup: Setup) -> float:
 
 
 def ppo(job: Job, setup: Setup) -> Memory:
-    """Policy and critic in training, reference and reward model, an average of the policy; rollouts, then updates."""
+    """Policy and critic in training, reference and reward model, an average of the policy; rollouts, then updates.
+
+    With adapters the reference is the policy's base and the reward model the critic's (docs/peft.md): weights are counted once a
+    base, and two bases, because whether there is but one depends on how the reward model was trained.
+    """
     policy = states(job.model, job.model.parameters, job, setup)
     critic = states(job.reward, job.reward.scalar_parameters, job, setup)
+    own = setup.method == "full"
     fixed: dict[str, float] = {
         "weights": policy.weights,
         "optimizer": policy.optimizer,
         "buffers": _shared_buffers(policy, critic, setup),
-        "reference": frozen_bytes(job.model, job.model.parameters, job, setup),
-        "reward_model": frozen_bytes(job.reward, job.reward.scalar_parameters, job, setup),
+        "reference": frozen_bytes(job.model, job.model.parameters, job, setup) if own else 0.0,
+        "reward_model": frozen_bytes(job.reward, job.reward.scalar_parameters, job, setup) if own else 0.0,
         "critic": critic.weights + critic.optimizer,
         "ema": ema_bytes(job, setup),
     }

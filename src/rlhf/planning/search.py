@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from rlhf.config import STAGE_ARGS
 from rlhf.planning.memory import MEMORY, Job, Memory, Setup, ema_bytes, gathered_policy, items
 from rlhf.planning.shapes import PlanError
 
@@ -156,8 +155,10 @@ def _notes(stage: str, job: Job, setup: Setup, memory: Memory) -> list[str]:
         )
     if setup.method != "full":
         found.append("activations as in full fine-tuning: an upper bound for adapters")
-        if "use_peft" not in STAGE_ARGS["ppo"].__dataclass_fields__:
-            found.append("the stages of this version take no adapters: the estimate is for planning only")
+        if stage == "ppo":
+            found.append(
+                "two bases are counted; a reward model that is an adapter on the policy's base saves the critic's"
+            )
     return found
 
 

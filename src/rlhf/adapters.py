@@ -1,0 +1,372 @@
+"""Adapters (LoRA) on a base whose weights do not change, quantised or not, and several models over one base in memory.
+
+An adapter is published with what it stands on: the base's reference or Hub id, revision and sha256 are in `stage.json`, and the
+folder is a peft repository that plain `peft` loads. A stage that starts from an adapter either trains it further on the same
+base, or, without `use_peft`, trains the two merged. So all adapters of a run can stand on one base, and PPO can hold policy,
+reference, critic and reward as one copy of its weights with an adapter each: `twin`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from rlhf.bases import AdapterError, Base, Start, quantization
+
+_log = logging.getLogger(__name__)
+TRAINED = "adapters.safetensors"  # of a training checkpoint: the weights that are trained
+HEADS = {"score", "lm_head", "embed_out"}
+
+
+def settle_quantized(model: nn.Module) -> None:
+    """Puts quantised layers into the state of their first forward, so that twins share it and all forwards are alike."""
+    if not getattr(model, "is_quantized", False):
+        return
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            # Packs the weights for inference at the first forward without gradient: other sums in rollout than in update.
+            module.support_avx512bf16_for_cpu = False
+        elif isinstance(module, bnb.nn.Linear8bitLt) and getattr(module.weight, "CB", None) is not None:
+            module.init_8bit_state()
+
+
+# ------------------------------------------------------------------------------------------------------- on the model
+
+
+def attach(model: Any, start: Start, args: Any, *, task: str, also: Sequence[str] = (), trainable: bool = True) -> Any:
+    """The model with the adapter of `start` and as `args` ask: trained further, new, merged, or none.
+
+    args: None to use the model as it was published (quantised bases keep their adapter apart). task: CAUSAL_LM or SEQ_CLS. also:
+    modules that are trained whole beside the adapter. What is trained is `requires_grad`; the result of training is a PeftModel.
+    """
+    settle_quantized(model)
+    if args is not None and start.adapter and dict(start.quantization or {}) != quantization(args):
+        _log.warning(
+            "the adapter in %s was trained on %s quantised as %s and is used on it quantised as %s: not quite the same model",
+            *(start.adapter, start.base.name, dict(start.quantization or {}) or "none", quantization(args) or "none"),
+        )
+    if args is None or not args.use_peft:
+        if start.adapter is None:
+            return model
+        found = _continue(model, start, task, also, trainable=False)
+        return found if getattr(model, "is_quantized", False) else found.merge_and_unload().requires_grad_(True)
+    if start.adapter is not None:
+        found = _continue(model, start, task, also, trainable=trainable)
+    elif trainable:
+        found = _new(model, args, task, also)
+    else:
+        return model.requires_grad_(False)  # the base with its adapter off
+    found.started_from, found.quantized_to = start.base.pinned(), quantization(args)  # for `records`
+    if trainable:
+        _train_in_float32(found)
+    if trainable and args.gradient_checkpointing:
+        model.enable_input_require_grads()  # the embeddings are frozen, and a checkpointed layer needs an input with a gradient
+    return found
+
+
+def _new(model: Any, args: Any, task: str, also: Sequence[str]) -> Any:
+    check_modules(model, args)
+    targets: Any = args.lora_target_modules
+    config = LoraConfig(
+        task_type=TaskType(task),
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        modules_to_save=list(dict.fromkeys([*also, *(args.lora_modules_to_save or [])])) or None,
+        use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
+    )
+    return _inject(model, config)
+
+
+def _inject(model: Any, config: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fan_in_fan_out of Conv1D, which peft sets right
+        return get_peft_model(model, config)
+
+
+def _continue(model: Any, start: Start, task: str, also: Sequence[str], trainable: bool) -> Any:
+    """The adapter of `start` on its base; with a scalar head of its own where an SFT adapter becomes a reward model."""
+    assert start.adapter is not None
+    try:
+        config = PeftConfig.from_pretrained(str(start.adapter))
+        weights = load_peft_weights(str(start.adapter), device="cpu")
+    except Exception as error:  # whatever safetensors and json raise at a broken file
+        raise AdapterError(
+            f"cannot load the adapter in {start.adapter}: {' '.join(str(error).split())[:200]}"
+        ) from None
+    saved = list(dict.fromkeys([*also, *(config.modules_to_save or [])])) or None
+    config.task_type, config.modules_to_save, config.inference_mode = TaskType(task), saved, False
+    try:
+        found = _inject(model, config)
+        own = get_peft_model_state_dict(found, save_embedding_layers=False)
+        # Head and norm that the adapter does not bring are the model's own.
+        new = {name: w for name, w in own.items() if any(f".{module}." in name for module in also)}
+        set_peft_model_state_dict(found, new | weights)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise AdapterError(
+            f"the adapter in {start.adapter} does not fit {start.base.name}: {' '.join(str(error).split())[:200]}"
+        ) from None
+    wrong = sorted((own.keys() - new.keys()) ^ (weights.keys() - new.keys()))
+    if wrong:
+        raise AdapterError(
+            f"the adapter in {start.adapter} does not fit {start.base.name}: {wrong[0]} is in one of them only"
+        )
+    return found if trainable else found.requires_grad_(False)
+
+
+def _train_in_float32(model: nn.Module) -> None:
+    """Modules trained whole keep float32 weights on a 16-bit base, as peft does for adapters: small steps would be lost in 16."""
+    dtype = plain(model).dtype
+    for name, module in model.named_modules():
+        copied = trained(module)
+        if copied is module or all(p.dtype == torch.float32 for p in copied.parameters()):
+            continue
+        copied.float()
+        copied.register_forward_pre_hook(lambda module, inputs: tuple(x.float() for x in inputs))
+        if not name.endswith("score"):  # whose output is the value itself
+            copied.register_forward_hook(lambda module, inputs, output: output.to(dtype))
+
+
+def linear_modules(model: nn.Module) -> list[str]:
+    """Last names of the linear maps that an adapter can go on, heads left out."""
+    names = [name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+    return sorted(set(names) - HEADS)
+
+
+def check_modules(model: Any, args: Any) -> None:
+    """Raises AdapterError where an adapter is asked for on modules that the model does not have."""
+    linear = linear_modules(model)
+    names = dict(model.named_modules())
+    hint = f"its linear modules are {', '.join(linear)}; or write all-linear"
+    if args.lora_target_modules is None and model.config.model_type not in DEFAULT_TARGETS:
+        raise AdapterError(f"lora_target_modules: there is no default for {model.config.model_type} models; {hint}")
+    for wanted in args.lora_target_modules or ():
+        found = [m for name, m in names.items() if name == wanted or name.endswith(f".{wanted}")]
+        if wanted != "all-linear" and not any(isinstance(m, (nn.Linear, Conv1D)) for m in found):
+            raise AdapterError(f"lora_target_modules: {type(model).__name__} has no linear module {wanted!r}; {hint}")
+        if wanted in HEADS:
+            raise AdapterError(f"lora_target_modules: {wanted} is the head and takes no adapter here; {hint}")
+    for wanted in args.lora_modules_to_save or ():
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+            raise AdapterError(f"lora_modules_to_save: {type(model).__name__} has no module {wanted!r}")
+        tied = model.get_output_embeddings() is not None and getattr(model.config, "tie_word_embeddings", False)
+        heads = (model.get_input_embeddings(), model.get_output_embeddings())
+        if tied and any(m in heads for name, m in names.items() if name.endswith(wanted)):
+            raise AdapterError(
+                f"lora_modules_to_save: {wanted} is tied to the other embedding and cannot be trained alone"
+            )
+
+
+def plain(model: Any) -> Any:
+    """The transformers model, adapter layers and all, below peft's wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def trained(module: Any) -> Any:
+    """The copy of a module that is trained whole beside an adapter; the module itself where there is none."""
+    copies = getattr(module, "modules_to_save", None)
+    return copies["default"] if isinstance(copies, nn.ModuleDict) and "default" in copies else module
+
+
+def effective_weight(layer: Any) -> Tensor:
+    """The weight [out, in] of a linear layer with its adapter's share."""
+    weight: Tensor = layer.weight.detach().float()
+    return weight + layer.get_delta_weight("default").detach().float() if hasattr(layer, "get_delta_weight") else weight
+
+
+@contextlib.contextmanager
+def precision_kept(model: nn.Module) -> Iterator[None]:
+    """What is trained keeps its dtype and values: SFTTrainer rounds adapters on a quantised base to bfloat16, where updates of
+    InstructGPT's learning rates are lost."""
+    kept = [(p, p.detach().clone()) for p in trained_parameters(model)] if isinstance(model, PeftModel) else []
+    yield
+    for p, value in kept:
+        p.data = value
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+# ------------------------------------------------------------------------------------------------------------- sharing
+
+
+def twin(model: Any, skeleton: Any = None) -> Any:
+    """A model of its own structure over the same weights: an adapter on the one does not show on the other.
+
+    skeleton: a model of another head, on the meta device, that gets the twin of the backbone. None where it has another backbone.
+    """
+    memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    for module in model.modules():
+        state = getattr(module, "state", None)  # of 8-bit layers
+        memo |= {id(t): t for t in vars(state).values() if isinstance(t, Tensor)} if hasattr(state, "CB") else {}
+        quantized = getattr(module, "quant_state", None)  # of 4-bit layers
+        memo |= {id(quantized): quantized} if quantized is not None else {}
+    if skeleton is None:
+        return copy.deepcopy(model, memo)
+    prefix = skeleton.base_model_prefix
+    backbone = getattr(model, prefix, None)
+    if type(backbone) is not type(getattr(skeleton, prefix, None)):
+        return None
+    setattr(skeleton, prefix, copy.deepcopy(backbone, memo))
+    for name in ("is_quantized", "quantization_method", "hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if hasattr(model, name):
+            setattr(skeleton, name, getattr(model, name))
+    return skeleton
+
+
+def weight_bytes(models: Iterable[nn.Module]) -> int:
+    """Bytes of all weights and buffers of the models together, those in several of them once."""
+    sizes: dict[tuple[Any, int], int] = {}
+    for model in models:
+        for tensor in _tensors(model):
+            storage = tensor.untyped_storage()
+            sizes[(tensor.device, storage.data_ptr())] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def _tensors(model: nn.Module) -> Iterable[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        state = getattr(module, "state", None)
+        for holder in (state, getattr(getattr(module, "weight", None), "quant_state", None)):
+            if hasattr(holder, "CB") or hasattr(holder, "absmax"):
+                yield from (t for t in vars(holder).values() if isinstance(t, Tensor))
+
+
+# -------------------------------------------------------------------------------------------------------- saved and back
+
+
+def save(model: Any, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """The folder that plain transformers or, of an adapter, plain peft loads; no card, which is written for the version."""
+    if not isinstance(model, PeftModel):
+        model.save_pretrained(folder, state_dict=weights)
+        return
+    config, base = model.peft_config["default"], getattr(model, "started_from", None)
+    if base is not None:
+        config.base_model_name_or_path, config.revision = base.path, base.revision
+    more: dict[str, Any] = {} if weights is None else {"state_dict": weights}
+    # An added PAD has a row of its own in the embeddings, which every load makes anew: no word of the text reads it.
+    model.save_pretrained(str(folder), save_embedding_layers=False, **more)
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def restore(model: Any, folder: Path) -> None:
+    """Puts the adapter that `save` wrote back into the model."""
+    set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+
+
+def records(**parts: Any) -> dict[str, dict[str, Any]]:
+    """What a version records of the bases of its adapters, by folder; `here` is the version itself."""
+    found = {}
+    for name, model in parts.items():
+        base = getattr(model, "started_from", None)
+        if isinstance(model, PeftModel) and base is not None:
+            found["." if name == "here" else name] = {
+                "kind": "artifact" if base.artifact else "model",
+                "ref": base.artifact or base.path,
+                "revision": base.revision,
+                "sha256": base.sha256,
+                "quantization": dict(model.quantized_to),
+                "reward_bias": float(getattr(model.config, "reward_bias", 0.0)),
+            }
+    return found
+
+
+def describe(model: Any) -> str:
+    """An adapter in a line."""
+    config = model.peft_config["default"]
+    size, everything = model.get_nb_trainable_parameters()
+    targets = sorted({name.rpartition(".")[2] for name in config.target_modules})
+    return (
+        f"LoRA of rank {config.r} on {', '.join(targets)} of {model.started_from.name}: "
+        f"{size:,} of {everything:,} weights are trained"
+    )
+
+
+def keep_only_trained(accelerator: Any, model: nn.Module) -> None:
+    """Training checkpoints then hold what is trained, not the base; a resume over another base or adapter is refused."""
+    started = {name: getattr(part, "started_from", None) for name, part in model.named_children()}
+    bases = {name: base.sha256 for name, base in started.items() if isinstance(base, Base)}
+    if not bases:
+        return
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def write(models: list[Any], weights: list[Any], folder: str) -> None:
+        weights.clear()
+        if accelerator.is_main_process:
+            kept = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
+            save_file(kept, Path(folder) / TRAINED, metadata={"bases": json.dumps(bases)})
+
+    def read(models: list[Any], folder: str) -> None:
+        models.clear()
+        try:
+            with safe_open(Path(folder) / TRAINED, "pt") as file:
+                saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                before = json.loads((file.metadata() or {}).get("bases", "{}"))
+        except (OSError, ValueError, SafetensorError) as error:
+            raise AdapterError(f"{folder} holds no trained adapters ({error}); start anew") from None
+        different = [name for name, p in parameters.items() if name not in saved or saved[name].shape != p.shape]
+        if before != bases or different or saved.keys() - parameters.keys():
+            what = "other base weights" if before != bases else "other adapters"
+            raise AdapterError(
+                f"{folder} was trained with {what}; set sft, reward model and adapters back, or start anew"
+            )
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(saved[name])
+
+    accelerator.register_save_state_pre_hook(write)
+    accelerator.register_load_state_pre_hook(read)
+
+
+def check_resume(model: Any, checkpoint: Path | None) -> None:
+    """Refuses to go on from a Trainer's checkpoint of another adapter."""
+    if checkpoint is None or not isinstance(model, PeftModel):
+        return
+    before, now = PeftConfig.from_pretrained(str(checkpoint)).to_dict(), model.peft_config["default"].to_dict()
+    names = (
+        "r",
+        "lora_alpha",
+        "target_modules",
+        "modules_to_save",
+        "use_rslora",
+        "use_dora",
+        "base_model_name_or_path",
+    )
+    changed = [name for name in names if _unordered(before.get(name)) != _unordered(now.get(name))]
+    if changed:
+        told = ", ".join(f"{name} ({before.get(name)!r} -> {now.get(name)!r})" for name in changed)
+        raise AdapterError(f"cannot resume from {checkpoint} with another adapter: {told}; set it back, or start anew")
+
+
+def _unordered(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (list, set, tuple)) else value

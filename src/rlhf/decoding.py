@@ -1,0 +1,143 @@
+"""One token at a time on a GPU: keys and values in tensors of their final size, and each step replayed as one CUDA graph.
+
+A step of a small model is some hundred kernels of a few microseconds each: launched one by one from Python they take several
+times as long as they run. With nothing that grows a step is the same work at each token: it is recorded once and replayed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from rlhf.models import PLAIN_UNEMBEDDING, accepts
+from rlhf.unembed import low_precision_of, lowered, product
+
+MULTIPLE = 8  # columns of the cache: attention kernels want masks of whole lines
+
+
+class Preallocated(DynamicLayer):
+    """Keys and values [B, heads, width, d] of one layer: the prompt's are written at once, then one column a step.
+
+    `column` [1] is where a step writes; it is shared by all layers. Columns that are not written yet are 0, and masked.
+    """
+
+    def __init__(self, width: int, column: Tensor):
+        super().__init__()
+        self.width, self.column, self.length = width, column, 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.length:
+            self.is_initialized, self.length = True, key_states.shape[-2]
+            self.keys, self.values = (self._allocate(states) for states in (key_states, value_states))
+            return key_states, value_states
+        assert self.keys is not None and self.values is not None
+        self.keys.index_copy_(2, self.column, key_states)
+        self.values.index_copy_(2, self.column, value_states)
+        return self.keys, self.values
+
+    def _allocate(self, states: Tensor) -> Tensor:
+        buffer = states.new_zeros(*states.shape[:2], self.width, states.shape[-1])
+        buffer[:, :, : self.length] = states
+        return buffer
+
+    def select(self, rows: Tensor) -> None:
+        """Goes on with some of the sequences."""
+        assert self.keys is not None and self.values is not None
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
+    def get_seq_length(self, *args: Any) -> int:
+        return self.length
+
+
+def can_preallocate(policy: Any) -> bool:
+    """Whether the policy decodes with masks and positions given, full attention in every layer, and whole weights."""
+    policy = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    return (
+        accepts(policy, "position_ids")
+        and policy.config.model_type in PLAIN_UNEMBEDDING - {"gpt_neo"}  # which has local layers without saying so
+        and policy.config._attn_implementation in ("sdpa", "eager")
+        and not getattr(policy, "is_quantized", False)  # whose layers may wait for the CPU, which no recording can
+        and not any(hasattr(parameter, "ds_id") for parameter in policy.parameters())
+        and all(type(layer) is DynamicLayer for layer in DynamicCache(config=policy.config).layers)
+    )
+
+
+class Decoder:
+    """Next-token logits [B, V] of prompts [B, P] padded on the left, then of each token [B] that is put behind them.
+
+    steps: tokens that will be decoded. On CUDA a step is a graph; elsewhere it is the same work, launched as usual.
+    """
+
+    def __init__(self, policy: Any, ids: Tensor, mask: Tensor, steps: int):
+        self.policy = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+        self.graph: torch.cuda.CUDAGraph | None = None
+        width = ids.shape[1] + steps
+        width += -width % MULTIPLE
+        self.column = torch.full((1,), ids.shape[1], device=ids.device)
+        count = len(DynamicCache(config=policy.config).layers)
+        self.layers = [Preallocated(width, self.column) for _ in range(count)]
+        self.cache = Cache(layers=list(self.layers))
+        self.visible = torch.zeros(len(ids), width, dtype=torch.bool, device=ids.device)
+        self.visible[:, : ids.shape[1]] = mask
+        self.position = mask.sum(dim=1, keepdim=True)
+        self.token = ids[:, -1:].clone()
+        self.head = self.policy.get_output_embeddings()
+        self.low = low_precision_of(self.head)
+        self.weight = None if self.low is None else lowered(self.head.weight, self.low)
+        position = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        self.logits = self._forward(ids, mask.long(), position)
+
+    def step(self, token: Tensor) -> Tensor:
+        """The logits [B, V] after `token` [B]; they are overwritten by the next step."""
+        self.token.copy_(token[:, None])
+        self.visible.index_fill_(1, self.column, True)
+        if self.graph is not None:
+            self.graph.replay()
+        elif self.token.is_cuda:
+            self._record()
+        else:
+            self.logits = self._once()
+        self.position += 1
+        self.column += 1
+        return self.logits
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with some of the sequences [n]; the next step is recorded anew."""
+        self.graph = None
+        self.visible, self.position, self.token = self.visible[rows], self.position[rows], self.token[rows]
+        for layer in self.layers:
+            layer.select(rows)
+
+    def _once(self) -> Tensor:
+        visible = self.visible[:, None, None, :]
+        if self.policy.config._attn_implementation == "eager":
+            hidden = torch.finfo(self.policy.dtype).min
+            visible = torch.zeros(visible.shape, dtype=self.policy.dtype, device=visible.device).masked_fill(
+                ~visible, hidden
+            )
+        return self._forward(self.token, visible, self.position)
+
+    def _forward(self, ids: Tensor, mask: Tensor, position: Tensor) -> Tensor:
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": position, "past_key_values": self.cache}
+        if self.weight is None:
+            return self.policy(**given, use_cache=True, logits_to_keep=1).logits[:, -1]
+        backbone = getattr(self.policy, self.policy.base_model_prefix)
+        states = backbone(**given, use_cache=True).last_hidden_state[:, -1]
+        return product(states.to(self.low), self.weight.t())[:, : len(self.head.weight)]
+
+    def _record(self) -> None:
+        """Runs the step and records it. A step changes nothing but its own column, so that it can run again and again."""
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # libraries set themselves up in the first runs, which a recording must not hold
+            for _ in range(2):
+                self._once()
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        # "thread_local": what other threads do (trackers, data loaders) does not break the recording.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.logits = self._once()
+        self.graph.replay()

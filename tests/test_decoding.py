@@ -1,0 +1,126 @@
+"""Decoding as on a GPU, on the CPU: a cache of its final size gives the answers of one that grows."""
+
+import pytest
+import torch
+from conftest import random_model
+from test_rollout import (  # noqa: F401  (fixtures)
+    LIMIT,
+    NAMES,
+    ending_often,
+    mortal,
+    setup,
+)
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, MistralConfig
+
+from rlhf import rollout
+from rlhf.data.encode import encode_prompts, pad
+from rlhf.decoding import Decoder, can_preallocate
+from rlhf.models import banned_ids
+from rlhf.rollout import generate, generate_in_place, uniforms
+
+
+def both(setup, prompts, temperature=1.0, limit=LIMIT):  # noqa: F811
+    draws = torch.stack([uniforms(3, 0, i, limit) for i in range(len(prompts))])
+    ends = {"eos_token_id": setup.tokenizer.eos_token_id, "pad_token_id": setup.tokenizer.pad_token_id}
+    given = {"temperature": temperature, "banned": setup.banned, **ends}
+    return [decode(setup.policy, prompts, draws, **given) for decode in (generate, generate_in_place)]
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("every", [1, 4])
+def test_answers_are_those_of_a_growing_cache(mortal, monkeypatch, temperature, every):  # noqa: F811
+    """With sequences that end early, and with the batch cut each time half of it has ended."""
+    monkeypatch.setattr(rollout, "CHECK_EVERY", every)
+    kept = []
+    real = Decoder.keep
+    monkeypatch.setattr(Decoder, "keep", lambda self, rows: kept.append(len(rows)) or real(self, rows))
+    growing, fixed = both(mortal, mortal.prompts * 10, temperature)
+    assert growing == fixed
+    if temperature:
+        assert len({len(answer) for answer in fixed[0]}) > 4 and kept and kept == sorted(kept, reverse=True)
+
+
+def test_answers_that_are_cut_are_whole(setup):  # noqa: F811
+    growing, fixed = both(setup, setup.prompts)
+    assert growing == fixed and max(map(len, fixed[0])) == LIMIT and not all(fixed[1])
+
+
+def test_an_answer_may_be_one_token_long(setup):  # noqa: F811
+    hook = ending_often(setup, 1000.0)
+    try:
+        growing, fixed = both(setup, setup.prompts, limit=1)
+        later, _ = both(setup, setup.prompts)
+    finally:
+        hook.remove()
+    assert growing == fixed == ([[setup.tokenizer.eos_token_id]] * 4, [True] * 4) == later
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_logits_are_those_of_the_whole_row(setup, implementation):  # noqa: F811
+    setup.policy.set_attn_implementation(implementation)
+    try:
+        ids, mask = pad(setup.prompts, setup.tokenizer.pad_token_id, side="left")
+        assert can_preallocate(setup.policy) and not mask.all()
+        more = torch.randint(10, 200, (len(ids), 6), generator=torch.Generator().manual_seed(0))
+        decoder = Decoder(setup.policy, ids, mask, 7)
+        found = [decoder.logits.clone(), *(decoder.step(token).clone() for token in more.T)]
+        for i, prompt in enumerate(setup.prompts):
+            row = torch.tensor([prompt + more[i].tolist()])
+            expected = setup.policy(row).logits[0, len(prompt) - 1 :]
+            assert_close(torch.stack([logits[i] for logits in found]), expected, rtol=0, atol=2e-5)
+    finally:
+        setup.policy.set_attn_implementation("sdpa")
+
+
+@torch.no_grad()
+def test_a_step_can_run_again_before_the_next(setup):  # noqa: F811
+    """What recording a graph needs: the step's own column is written, and nothing else changes."""
+    ids, mask = pad(setup.prompts, setup.tokenizer.pad_token_id, side="left")
+    plain, repeated = (Decoder(setup.policy, ids, mask, 4) for _ in range(2))
+    once = repeated._once
+    repeated._once = lambda: [once() for _ in range(3)][-1]
+    for token in torch.randint(10, 200, (3, len(ids)), generator=torch.Generator().manual_seed(0)):
+        assert torch.equal(plain.step(token), repeated.step(token))
+
+
+@torch.no_grad()
+def test_under_autocast_logits_are_not_rounded(setup):  # noqa: F811
+    ids, mask = pad(setup.prompts, setup.tokenizer.pad_token_id, side="left")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        decoder = Decoder(setup.policy, ids, mask, 2)
+        logits = decoder.step(ids[:, -1])
+    assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float())
+    exact = Decoder(setup.policy, ids, mask, 2).step(ids[:, -1])
+    assert logits.shape == exact.shape and (logits - exact).abs().mean() < 0.05
+
+
+def configured(kind, tokenizer, **changes):
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+    sizes |= {"num_hidden_layers": 2, "max_position_embeddings": 64}
+    return kind(vocab_size=len(tokenizer), pad_token_id=1, eos_token_id=0, bos_token_id=0, **sizes | changes)
+
+
+def test_rotary_positions_and_grouped_heads_too(tokenizer):
+    from test_rollout import PROMPTS, Setup
+
+    policy = random_model(AutoModelForCausalLM, configured(LlamaConfig, tokenizer), scale=0.1)
+    llama = Setup(policy, tokenizer, encode_prompts(tokenizer, PROMPTS), banned_ids(policy, tokenizer))
+    assert can_preallocate(policy)
+    growing, fixed = both(llama, llama.prompts * 2)
+    assert growing == fixed
+
+
+def test_what_does_not_fit_keeps_the_growing_cache(tokenizer):
+    sliding = random_model(AutoModelForCausalLM, configured(MistralConfig, tokenizer, sliding_window=8))
+    assert not can_preallocate(sliding)
+    bloom = BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=1, n_head=4, pad_token_id=1)
+    assert not can_preallocate(random_model(AutoModelForCausalLM, bloom))
+    sharded = random_model(AutoModelForCausalLM, configured(LlamaConfig, tokenizer))
+    assert can_preallocate(sharded)
+    next(sharded.parameters()).ds_id = 0  # as DeepSpeed marks the weights that ZeRO 3 has taken apart
+    assert not can_preallocate(sharded)
+
+
+assert NAMES  # the fixtures above run for each of these
