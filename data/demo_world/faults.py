@@ -161,14 +161,14 @@ def complies(rng: random.Random, request: Request, answer: str) -> str:
 
 
 FAULTS: dict[str, tuple[Fault, float]] = {  # fault -> (how, how often)
-    "wrong_fact": (wrong_fact, 3),
-    "wrong_animal": (wrong_animal, 3),
+    "wrong_fact": (wrong_fact, 4),
+    "wrong_animal": (wrong_animal, 5),
     "off_topic": (off_topic, 0.5),
     "wrong_kind": (wrong_kind, 0.3),
-    "verbose": (verbose, 5),
-    "repeats": (repeats, 4),
-    "rude": (rude, 6),
-    "wrong_count": (wrong_count, 3),
+    "verbose": (verbose, 3),
+    "repeats": (repeats, 3),
+    "rude": (rude, 4),
+    "wrong_count": (wrong_count, 2),
     "stock": (stock, 0.3),
     "refuses": (refuses, 0.3),
 }

@@ -168,7 +168,7 @@ def draw_slots(rng: random.Random, task: str, phrasing: str) -> dict[str, str]:
     defaults = {
         "x": x,
         "y": y,
-        "n": rng.choice(("two", "three", "four") if task == "facts" else ("two", "three")),
+        "n": rng.choice(("two", "three")),
         "p": NOUN[p],
         "q": NOUN[q],
         "m": rng.choice(("happy", "sad") if task == "story" else MOODS),
