@@ -2,14 +2,17 @@
 
 import json
 import math
+import random
 import shutil
 
 import pytest
 import tiny
 import torch
+import transformers
+from conftest import random_model
 from transformers import AutoTokenizer
 
-from rlhf import reward
+from rlhf import reward, shared_prompt
 from rlhf.data import load
 from rlhf.data.encode import encode_completions, encode_prompts
 from rlhf.evaluation import ranking_metrics
@@ -96,44 +99,139 @@ def test_completions_share_the_row_of_their_prompt():
         {"prompt": [4], "completions": [[7], [8], [9]], "ranks": [1, 2, 2]},
     ]
     batch = reward.Collator(0)(items)
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [4, 7, 8, 9, 0]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2], [0, 1, 1, 1, 0]]
-    assert batch["segments"].tolist() == [[0, 0, 1, 1, 2], [0, 1, 2, 3, -1]]
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 4, 7, 8, 9]]  # one row, and nothing in it is padding
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2, 0, 1, 1, 1]]
+    assert batch["lengths"].tolist() == [[2, 2, 1, *[0] * 7], [1, 1, 1, 1, *[0] * 6]]
     assert batch["read"].tolist() == [3, 4, 6, 7, 8]
-    seen = (reward.segment_mask(batch["segments"], torch.float32) == 0)[0, 0].int().tolist()
-    assert seen == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
+    first, second = shared_prompt.layout([2, 1], [[2, 1], [1, 1, 1]], torch.device("cpu"))
+    assert (first.prompt, first.tokens, second.prompt, second.tokens) == (2, 3, 1, 3)
+    assert first.own.tolist() == [[0, 1], [2, 2]] and first.real.tolist() == [[True, True], [True, False]]
+    assert first.mask.int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
     plain = reward.Collator(0, share_prompt=False)(items)
     assert plain["input_ids"].tolist() == [[5, 6, 7, 8], [5, 6, 9, 0], [4, 7, 0, 0], [4, 8, 0, 0], [4, 9, 0, 0]]
-    assert plain["read"].tolist() == [3, 6, 9, 13, 17] and "segments" not in plain
+    assert plain["read"].tolist() == [3, 6, 9, 13, 17] and "lengths" not in plain
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("architecture", ["gpt2", "opt"])
-def test_shared_prompts_give_the_scores_and_gradients_of_one_row_a_completion(tmp_path, architecture, attention):
-    registry = tiny.published(tmp_path, "sft", architecture=architecture)
-    path = registry.require("sft", "tiny").path
-    tokenizer = load_tokenizer(path)
-    records = load("comparisons", tiny.write_lines(tmp_path / "c.jsonl", tiny.comparisons(8)))
-    items = reward.encode(tokenizer, records, 64).rows
-    found = []
-    for share in (True, False):
-        torch.manual_seed(0)
-        model = load_scalar_model(path, tokenizer, new_head=True, attn_implementation=attention)
-        assert reward.shares_prompts(model)
-        batch = reward.Collator(tokenizer.pad_token_id, share)(items)
-        ranks = batch.pop("ranks")
-        scores = reward.forward_scores(model, **batch)
-        real = ranks != reward.ABSENT
-        prompt = torch.arange(len(ranks))[:, None].expand_as(ranks)
-        ranking_loss(scores, ranks[real], prompt[real]).backward()
-        found.append((scores.detach(), {name: p.grad for name, p in model.named_parameters()}))
-    (shared, gradients), (plain, expected) = found
-    torch.testing.assert_close(shared, plain, rtol=0, atol=1e-5)
+SMALL = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
+GROUPED = {**SMALL, "num_key_value_heads": 2, "head_dim": 8}
+FAMILIES = {
+    "gpt2": transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0),
+    "opt": transformers.OPTConfig(
+        **SMALL | {"intermediate_size": 0}, ffn_dim=64, word_embed_proj_dim=16, max_position_embeddings=64
+    ),
+    "gpt_neox": transformers.GPTNeoXConfig(**SMALL),
+    "llama": transformers.LlamaConfig(**GROUPED),
+    "qwen2": transformers.Qwen2Config(**GROUPED),
+    "qwen3": transformers.Qwen3Config(**GROUPED),
+}
+
+
+def scalar_model(name, attention="sdpa"):
+    config = FAMILIES[name]
+    for dropout in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout"):
+        if hasattr(config, dropout):
+            setattr(config, dropout, 0.0)
+    config.num_labels, config.pad_token_id, config._attn_implementation = 1, 1, attention
+    return random_model(transformers.AutoModelForSequenceClassification, config, scale=0.2)
+
+
+def random_items():
+    """Prompts of 0 to 20 tokens, K = 2 to 9, completions of 1 to 19 tokens."""
+    rng = random.Random(0)
+
+    def tokens(count):
+        return [rng.randrange(2, 300) for _ in range(count)]
+
+    return [
+        {
+            "prompt": tokens(length),
+            "completions": [tokens(rng.randrange(1, 20)) for _ in range(k)],
+            "ranks": [rng.randrange(1, 4) for _ in range(k)],
+        }
+        for length, k in ((7, 4), (1, 9), (0, 3), (20, 2))
+    ]
+
+
+def scores_and_gradients(model, items, share):
+    model.zero_grad()
+    batch = reward.Collator(1, share)(items)
+    ranks = batch.pop("ranks")
+    scores = reward.forward_scores(model, **batch)
+    real = ranks != reward.ABSENT
+    prompt = torch.arange(len(ranks))[:, None].expand_as(ranks)
+    loss = ranking_loss(scores, ranks[real], prompt[real])
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return scores.detach(), loss.detach(), gradients
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_prompts_give_the_scores_and_gradients_of_one_row_a_completion(family):
+    """Every family that may share: to 1e-5 in scores, loss and gradients, where scores vary by 0.1 and more."""
+    assert set(FAMILIES) == shared_prompt.MODEL_TYPES
+    model, items = scalar_model(family), random_items()
+    plain, loss, expected = scores_and_gradients(model, items, share=False)
     torch.testing.assert_close(
         plain, tiny.scores(model, [row for item in items for row in joined(item)]), rtol=0, atol=1e-5
     )
+    assert shared_prompt.supports(model)
+    shared_prompt.enable(model)
+    shared, shared_loss, gradients = scores_and_gradients(model, items, share=True)
+    assert plain.std() > 0.1
+    torch.testing.assert_close(shared, plain, rtol=0, atol=1e-5)
+    torch.testing.assert_close(shared_loss, loss, rtol=0, atol=1e-5)
+    assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-5, msg=name)
+    # Whatever else the model is asked goes through the same model as before.
+    again, _, _ = scores_and_gradients(model, items, share=False)
+    torch.testing.assert_close(again, plain, rtol=0, atol=1e-6)
+
+
+def test_gradient_checkpointing_of_shared_prompts():
+    model, items = scalar_model("gpt2").train(), random_items()
+    shared_prompt.enable(model)
+    _, _, expected = scores_and_gradients(model, items, share=True)
+    model.gradient_checkpointing_enable()
+    _, _, gradients = scores_and_gradients(model, items, share=True)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=1e-6, msg=name)
+
+
+def test_models_that_may_not_share_take_a_row_a_completion():
+    assert not shared_prompt.supports(scalar_model("gpt2", attention="eager"))
+    sliding = transformers.MistralConfig(**GROUPED, num_labels=1, sliding_window=4)
+    sliding._attn_implementation = "sdpa"
+    model = transformers.AutoModelForSequenceClassification.from_config(sliding)
+    assert not shared_prompt.supports(model)
+    windowed = transformers.Qwen2Config(**GROUPED, num_labels=1, use_sliding_window=True, sliding_window=4)
+    windowed._attn_implementation = "sdpa"
+    assert not shared_prompt.supports(transformers.AutoModelForSequenceClassification.from_config(windowed))
+
+
+def test_padded_rows_come_in_batches_of_like_length(tmp_path, starts):
+    """Eager attention cannot share. In random batches of 4 of these 40 prompts more than a third would be padding."""
+    tiny.published(tmp_path, "sft")
+    records = tiny.comparisons(40, sizes=[2])
+    for i, record in enumerate(records):
+        record["completions"] = [text + " mill" * (i % 20) for text in record["completions"]]
+    reward.run(tiny.reward_args(tmp_path, records, attn_implementation="eager", max_steps=1))
+    trainer, _ = starts[0]
+    assert not trainer.data_collator.share_prompt
+
+    def padding(batches):
+        masks = [batch["attention_mask"] for batch in batches]
+        return 1 - sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
+
+    rows = random.Random(0).sample(trainer.train_dataset.rows, 40)
+    assert padding(trainer.data_collator(rows[k : k + 4]) for k in range(0, 40, 4)) > 0.35
+    assert padding(trainer.get_train_dataloader()) < 0.2
 
 
 def test_comparisons_that_are_all_ties(tmp_path):

@@ -122,6 +122,13 @@ def load_scalar_model(
     return model
 
 
+def add_head(score: nn.Linear, heads: int) -> nn.Linear:
+    """A new scalar head in the place of `score`, with `heads` outputs: an ensemble's members, each with its own first weights."""
+    new = nn.Linear(score.in_features, heads, bias=False, dtype=score.weight.dtype, device=score.weight.device)
+    nn.init.normal_(new.weight, std=1 / math.sqrt(score.in_features + 1))
+    return new
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without transformers' bars over files that take a moment, and its report of a head that is new on purpose."""
