@@ -216,9 +216,9 @@ def test_models_that_may_not_share_take_a_row_a_completion():
 
 
 def test_padded_rows_come_in_batches_of_like_length(tmp_path, starts):
-    """Eager attention cannot share. In random batches of 4 of these 40 prompts more than a third would be padding."""
+    """Eager attention cannot share. In random batches of 4 of these 160 prompts more than a fifth would be padding."""
     tiny.published(tmp_path, "sft")
-    records = tiny.comparisons(40, sizes=[2])
+    records = tiny.comparisons(160, sizes=[2])
     for i, record in enumerate(records):
         record["completions"] = [text + " mill" * (i % 20) for text in record["completions"]]
     reward.run(tiny.reward_args(tmp_path, records, attn_implementation="eager", max_steps=1))
@@ -229,9 +229,9 @@ def test_padded_rows_come_in_batches_of_like_length(tmp_path, starts):
         masks = [batch["attention_mask"] for batch in batches]
         return 1 - sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
 
-    rows = random.Random(0).sample(trainer.train_dataset.rows, 40)
-    assert padding(trainer.data_collator(rows[k : k + 4]) for k in range(0, 40, 4)) > 0.35
-    assert padding(trainer.get_train_dataloader()) < 0.2
+    rows = random.Random(0).sample(trainer.train_dataset.rows, 160)
+    assert padding(trainer.data_collator(rows[k : k + 4]) for k in range(0, 160, 4)) > 0.2
+    assert padding(trainer.get_train_dataloader()) < 0.12
 
 
 def test_comparisons_that_are_all_ties(tmp_path):
@@ -288,7 +288,7 @@ def test_scores_come_back_in_the_order_of_their_rows(tmp_path, starts):
     trainer, _ = starts[0]
     alone = tiny.scores(tiny.load_reward(artifact)[0], rows)
     assert alone.std() > 0.01
-    torch.testing.assert_close(reward.score_rows(trainer, rows), alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(reward.score_rows(reward.scored_by_trainer(trainer), rows), alone, rtol=0, atol=1e-5)
 
 
 def test_one_comparison_is_enough(tmp_path):

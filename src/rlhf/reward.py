@@ -12,11 +12,11 @@ for: ties as soft labels, label smoothing, margins from grades, a centring penal
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import MethodType
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from accelerate.utils import DistributedType
@@ -29,7 +29,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from rlhf import reward_report, shared_prompt
 from rlhf.config import RewardArgs
 from rlhf.data import fingerprint, load
-from rlhf.data.encode import encode_completions, encode_prompts, pad
+from rlhf.data.encode import batches, encode_completions, encode_prompts, pad
 from rlhf.evaluation import ranking_metrics
 from rlhf.models import add_head, add_reward_bias, context_length, load_scalar_model, load_tokenizer
 from rlhf.objectives import (
@@ -91,7 +91,10 @@ def run(args: RewardArgs) -> Artifact | None:
         ensemble = centred_heads(trainer, heads, demonstrations) if heads is not None else {}
         report = None
         if len(evaluation):
-            report = held_out_report(trainer, tokenizer, evaluation, held_out, comparisons, demonstrations, ensemble)
+            score, unwrapped = scored_by_trainer(trainer), trainer.accelerator.unwrap_model(trainer.model)
+            report = held_out_report(
+                *(score, unwrapped, tokenizer, evaluation, held_out, comparisons, demonstrations, ensemble)
+            )
             metrics |= reward_report.summary(report)
         save = saver(trainer.accelerator, trainer.model_wrapped, tokenizer)
         artifact = publish(
@@ -394,7 +397,7 @@ def demonstration_rows(args: RewardArgs, tokenizer: Any, comparisons: Dataset, l
 
 def centre_on_demonstrations(trainer: RewardTrainer, rows: Sequence[list[int]]) -> dict[str, Any]:
     """Adds the constant that makes demonstrations score 0 on average; says where it is kept."""
-    before = score_rows(trainer, rows)
+    before = score_rows(scored_by_trainer(trainer), rows)
     place = add_reward_bias(trainer.accelerator.unwrap_model(trainer.model), -float(before.mean()))
     std = float(before.std(unbiased=False))
     return {"bias": -float(before.mean()), "bias_kept_in": place, "demonstrations_std": std}
@@ -417,13 +420,13 @@ def mean_of_heads(trainer: RewardTrainer) -> Tensor | None:
 
 def centred_heads(trainer: RewardTrainer, heads: Tensor, rows: Sequence[list[int]]) -> dict[str, Tensor]:
     """The heads [M, H] with the biases [M] that make demonstrations score 0 on average by each of them."""
-    with scored_by(trainer.accelerator.unwrap_model(trainer.model), heads):
-        bias = -score_rows(trainer, rows).mean(dim=0)
+    with all_heads(trainer.accelerator.unwrap_model(trainer.model), heads):
+        bias = -score_rows(scored_by_trainer(trainer), rows).mean(dim=0)
     return {"weight": heads.float().cpu().contiguous(), "bias": bias.float()}
 
 
 @contextlib.contextmanager
-def scored_by(model: Any, heads: Tensor) -> Iterator[None]:
+def all_heads(model: Any, heads: Tensor) -> Iterator[None]:
     """Within it the model gives the rewards of all heads [M, H], without their biases."""
     one = model.score
     model.score = add_head(one, len(heads))
@@ -435,53 +438,92 @@ def scored_by(model: Any, heads: Tensor) -> Iterator[None]:
         model.score = one
 
 
-def score_rows(trainer: RewardTrainer, rows: Sequence[list[int]]) -> Tensor:
-    """Rewards [N], of an ensemble [N, M], of token rows, spread over the processes by the trainer."""
+# --- scores of a model that is trained
+
+
+Score: TypeAlias = Callable[[Sequence[dict[str, Any]]], list[list[Any]]]  # items -> rewards, K a prompt
+
+
+def scored_by_trainer(trainer: RewardTrainer) -> Score:
+    """Scores spread over the processes of the launch."""
+
+    def score(items: Sequence[dict[str, Any]]) -> list[list[Any]]:
+        output = trainer.predict(Rows(items))  # type: ignore[arg-type]
+        return _real(output.predictions, output.label_ids)[0]
+
+    return score
+
+
+def scored_by_model(model: Any, pad_token_id: int, batch_size: int = 8) -> Score:
+    """Scores of one process, batches of like length."""
+    share = shared_prompt.supports(model)
+    if share:
+        shared_prompt.enable(model)
+    collate = Collator(pad_token_id, share)
+
+    @torch.no_grad()
+    def score(items: Sequence[dict[str, Any]]) -> list[list[Any]]:
+        found: list[list[Any]] = [[]] * len(items)
+        for places in batches([len(i["prompt"]) + sum(map(len, i["completions"])) for i in items], batch_size):
+            batch = collate([items[place] for place in places])
+            inputs = {name: t.to(model.device) for name, t in batch.items() if name not in ("ranks", "ratings")}
+            scores = iter(forward_scores(model, **inputs).tolist())
+            for place in places:
+                found[place] = [next(scores) for _ in items[place]["completions"]]
+        return found
+
+    return score
+
+
+def score_rows(score: Score, rows: Sequence[list[int]]) -> Tensor:
+    """Rewards [N], of an ensemble [N, M], of token rows."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     groups = [order[k : k + MAX_K] for k in range(0, len(order), MAX_K)]
     items = [{"prompt": [], "completions": [rows[i] for i in g], "ranks": [1] * len(g)} for g in groups]
-    output = trainer.predict(Rows(items))  # type: ignore[arg-type]
-    scores, ranks = torch.from_numpy(output.predictions), torch.from_numpy(output.label_ids)
-    found = scores[ranks != ABSENT].float()
+    found = torch.tensor([one for scores in score(items) for one in scores])
     result = torch.empty_like(found)
     result[torch.tensor(order)] = found
     return result
 
 
 def held_out_report(
-    trainer: RewardTrainer,
+    score: Score,
+    model: Any,
     tokenizer: Any,
     evaluation: Rows,
     records: Dataset,
     training: Dataset | None,
     demonstrations: Sequence[list[int]],
-    ensemble: dict[str, Tensor],
+    ensemble: dict[str, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """What tells whether to trust the model, on held-out comparisons (`reward_report.report`).
+    """What tells whether to trust a model, on encoded held-out comparisons of `records` (`reward_report.report`).
 
     training: further comparisons that agreement between labelers is counted on, not the model.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    rankings = held_out_rankings(score, model, evaluation, records, ensemble)
     bias = getattr(model.config, "reward_bias", 0.0)
-    scores, _ = _scores(trainer, evaluation)
-    members: list[Any] = [None] * len(scores)
-    if ensemble:
-        with scored_by(model, ensemble["weight"].to(model.score.weight)):
-            by_head, _ = _scores(trainer, evaluation)
-        members = [[[r + b for r, b in zip(row, ensemble["bias"].tolist())] for row in rows] for rows in by_head]
-    rankings = [
-        reward_report.Ranking.of(records[item["record"]], item, [s + bias for s in score], member)
-        for item, score, member in zip(evaluation.rows, scores, members)
-    ]
-    texts = reward_report.control_rows(evaluation.rows, len(tokenizer.get_vocab()) - 1, demonstrations)
-    controls = {name: (score_rows(trainer, rows) + bias).tolist() for name, rows in texts.items()}
+    texts = reward_report.control_rows(evaluation.rows, max(tokenizer.get_vocab().values()), demonstrations)
+    controls = {name: (score_rows(score, rows) + bias).tolist() for name, rows in texts.items()}
     labelled = [records] if training is None else [records, training]
     return reward_report.report(rankings, controls, reward_report.labeler_agreement(labelled))
 
 
-def _scores(trainer: RewardTrainer, rows: Rows) -> tuple[list[list[Any]], list[list[int]]]:
-    output = trainer.predict(rows)  # type: ignore[arg-type]
-    return _real(output.predictions, output.label_ids)
+def held_out_rankings(
+    score: Score, model: Any, evaluation: Rows, records: Dataset, ensemble: dict[str, Tensor] | None = None
+) -> list[reward_report.Ranking]:
+    """Encoded comparisons with their rewards, and with those of an ensemble's members."""
+    bias = getattr(model.config, "reward_bias", 0.0)
+    scores = [[one + bias for one in row] for row in score(evaluation.rows)]
+    members: list[Any] = [None] * len(scores)
+    if ensemble:
+        with all_heads(model, ensemble["weight"].to(model.score.weight)):
+            by_head = score(evaluation.rows)
+        biases = ensemble["bias"].tolist()
+        members = [[[r + b for r, b in zip(row, biases)] for row in rows] for rows in by_head]
+    return [
+        reward_report.Ranking.of(records[item["record"]], item, score, member)
+        for item, score, member in zip(evaluation.rows, scores, members)
+    ]
 
 
 def _ended(records: Dataset) -> list[list[bool] | None]:
