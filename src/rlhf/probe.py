@@ -385,31 +385,26 @@ def write(report: Mapping[str, Any], folder: Path, name: str) -> Path:
 
 def print_probe(report: Mapping[str, Any], worst: int) -> None:
     """A line a perturbation, and the worst cases."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    table = Table(title=f"{report['version']} on {report['data']}, perturbed answers", title_justify="left")
-    for name in (
-        "perturbation",
-        "level",
-        "should be",
-        "scores higher",
-        "95 %",
-        "mean change",
-        "flips",
-        "95 %",
-        "cases",
-    ):
-        table.add_column(name, justify="left" if name in ("perturbation", "level", "should be") else "right")
-    for name, kind in report["perturbations"].items():
-        rates = [shown(kind.get("gains")), interval(kind.get("gains_ci95")), shown(kind.get("mean_change"))]
-        flips = [shown(kind.get("flips")), interval(kind.get("flips_ci95")), str(kind["cases"])]
-        table.add_row(name, kind["level"], kind["effect"], *rates, *flips)
+    title = f"{report['version']} on {Path(report['data']).name}: answers perturbed"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for name in ("perturbation", "is", "scores higher", "flips", "change", "cases"):
+        table.add_column(name, justify="left" if name in ("perturbation", "is") else "right")
+    kinds = list(report["perturbations"].items())
+    for place, (name, kind) in enumerate(kinds):
+        last = place + 1 == len(kinds) or kinds[place + 1][1]["level"] != kind["level"]
+        gains = f"{shown(kind.get('gains'))} {interval(kind.get('gains_ci95'))}"
+        change = f"{kind['mean_change']:+.3f}" if "mean_change" in kind else "–"
+        cells = (kind["effect"], gains, shown(kind.get("flips")), change, str(kind["cases"]))
+        table.add_row(name, *cells, end_section=last)
     console.print(table)
-    table = Table(title="worst cases", title_justify="left")
-    for name in ("perturbation", "prompt ends", "perturbed answer", "reward before", "after"):
-        table.add_column(name, justify="right" if name in ("reward before", "after") else "left")
+    table = Table(title="worst cases", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("perturbation", "prompt ends", "perturbed answer", "reward", "after"):
+        table.add_column(name, justify="right" if name in ("reward", "after") else "left", no_wrap=name == "reward")
     for name, case in _worst(report, worst):
         table.add_row(
             name,

@@ -101,7 +101,9 @@ def evaluate(options: argparse.Namespace) -> None:
         report["held_out_labelers"] = cross_validate(version.args, options.cross_validate)
     report |= {"version": version.artifact.ref, "data": options.data or version.args.dataset_name}
     path = reward_report.write(report, registry.evals_dir(version.artifact), name_of(options.data))
-    reward_report.print_report(report, f"{version.artifact.ref} on {report['data']}, {report['prompts']} prompts")
+    reward_report.print_report(
+        report, f"{version.artifact.ref} on {Path(report['data']).name}, {report['prompts']} prompts held out"
+    )
     print(path)
 
 

@@ -485,17 +485,18 @@ def accuracy_rows(report: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]
 
 def print_report(report: Mapping[str, Any], title: str) -> None:
     """A table of accuracies and one of the rest."""
+    from rich.box import SIMPLE, SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for name in ("held-out pairs", "accuracy", "95 %", "pairs"):
         table.add_column(name, justify="left" if name == "held-out pairs" else "right")
     for name, found in accuracy_rows(report):
         table.add_row(name, shown(found["accuracy"]), interval(found["accuracy_ci95"]), str(found["pairs"]))
     console.print(table)
-    table = Table(show_header=False)
+    table = Table(show_header=False, box=SIMPLE)
     for name, value in _facts(report):
         table.add_row(name, value)
     console.print(table)
