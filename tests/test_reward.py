@@ -13,6 +13,7 @@ from conftest import random_model
 from transformers import AutoTokenizer
 
 from rlhf import reward, shared_prompt
+from rlhf.config import ConfigError
 from rlhf.data import load
 from rlhf.data.encode import encode_completions, encode_prompts
 from rlhf.evaluation import ranking_metrics
@@ -467,3 +468,92 @@ def test_a_comparison_with_one_long_answer_is_dropped_whole(tmp_path, capsys):
     artifact = reward.run(tiny.reward_args(tmp_path, records))
     assert "dropped 1 of 4 comparisons: over 64 tokens" in capsys.readouterr().err
     assert artifact.manifest["metrics"]["comparisons"] == 3
+
+
+# What the paper does not have
+
+
+def objective_of_first_step(tmp_path, starts, records, **choices):
+    """The first loss that training reports, and rewards and ranks of the same step by plain transformers."""
+    tiny.published(tmp_path, "sft")
+    args = tiny.reward_args(tmp_path, records, max_steps=1, per_device_train_batch_size=len(records), **choices)
+    artifact = reward.run(args)
+    trainer, weights = starts[-1]
+    model, tokenizer = restored(trainer, weights), AutoTokenizer.from_pretrained(artifact.path)
+    scores = [tiny.scores(model, encoded(tokenizer, r["prompt"], r["completions"])).tolist() for r in records]
+    return tiny.history(artifact)[0]["loss"], scores
+
+
+def softplus(x):
+    return math.log1p(math.exp(-x))  # -log sigmoid
+
+
+def test_ties_as_soft_labels_are_in_the_loss(tmp_path, starts):
+    """All-tied comparisons teach then, too, and count as prompts."""
+    records = [{"prompt": "Feed one:", "completions": [" a", " geese", " mill"], "ranks": [1, 2, 2]}, TIED]
+    loss, (r, t) = objective_of_first_step(tmp_path, starts, records, ties="soft")
+    tie = lambda a, b: (softplus(a - b) + softplus(b - a)) / 2  # noqa: E731
+    first = (softplus(r[0] - r[1]) + softplus(r[0] - r[2]) + tie(r[1], r[2])) / 3
+    second = (tie(t[0], t[1]) + tie(t[0], t[2]) + tie(t[1], t[2])) / 3
+    assert loss == pytest.approx((first + second) / 2, abs=2e-6)
+
+
+def test_smoothing_margins_and_centring_are_in_the_loss(tmp_path, starts):
+    records = [
+        {"prompt": "Feed one:", "completions": [" a", " geese"], "ranks": [1, 2], "ratings": [3, 1]},
+        {"prompt": "Feed two:", "completions": [" mill", " geese geese"], "ranks": [2, 1], "ratings": [0, 0.5]},
+    ]
+    choices = {"label_smoothing": 0.1, "margin_scale": 0.25, "centring_coef": 0.5}
+    loss, ((a, b), (c, d)) = objective_of_first_step(tmp_path, starts, records, **choices)
+    first = 0.9 * softplus(a - b - 0.5) + 0.1 * softplus(b - a + 0.5) + 0.5 * (a + b) ** 2
+    second = 0.9 * softplus(d - c - 0.125) + 0.1 * softplus(c - d + 0.125) + 0.5 * (c + d) ** 2
+    assert loss == pytest.approx((first + second) / 2, abs=2e-6)
+
+
+def test_margins_need_ratings(tmp_path):
+    tiny.published(tmp_path, "sft")
+    with pytest.raises(TrainingError, match=r"margin_scale is 1, and .* has comparisons without `ratings`"):
+        reward.run(tiny.reward_args(tmp_path, margin_scale=1.0))
+    assert not (tmp_path / "runs" / "tiny" / "rm").exists()
+
+
+def test_the_loss_of_an_ensemble_is_the_mean_over_its_heads(tmp_path, starts):
+    tiny.published(tmp_path, "sft")
+    records = tiny.comparisons(4)
+    artifact = reward.run(tiny.reward_args(tmp_path, records, max_steps=1, heads=3))
+    ((trainer, weights),) = starts
+    heads = weights.pop("score.weight")
+    assert heads.shape == (3, 32) and heads.std(0).mean() > 0.05
+    tokenizer, losses = AutoTokenizer.from_pretrained(artifact.path), []
+    for head in heads:
+        model = restored(trainer, {**weights, "score.weight": head[None]})
+        losses.append(loss_by_hand(model, tokenizer, records))
+    assert tiny.history(artifact)[0]["loss"] == pytest.approx(sum(losses) / 3, abs=2e-6)
+
+
+def test_early_stopping_publishes_the_best_epoch(tmp_path, starts):
+    """A learning rate that ruins the model: the accuracy falls, training stops, and the best epoch's is what is published."""
+    tiny.published(tmp_path, "sft")
+    args = tiny.reward_args(
+        tmp_path,
+        tiny.comparisons(60),
+        max_steps=-1,
+        num_train_epochs=12,
+        learning_rate=3e-2,
+        eval_fraction=0.3,
+        early_stopping_patience=2,
+        per_device_train_batch_size=8,
+    )
+    artifact = reward.run(args)
+    seen = [line["eval_accuracy"] for line in tiny.history(artifact) if "eval_accuracy" in line]
+    assert len(seen) < 12 and max(seen[:-2]) >= max(seen)  # two epochs without a better one
+    assert artifact.manifest["metrics"]["accuracy"] == pytest.approx(max(seen), abs=1e-6)
+    assert tiny.left_over(Registry(args.output_dir), "rm") == ["evals"]
+
+
+def test_early_stopping_needs_something_to_watch(tmp_path):
+    tiny.published(tmp_path, "sft")
+    with pytest.raises(ConfigError, match="early_stopping_patience watches held-out comparisons"):
+        tiny.reward_args(tmp_path, early_stopping_patience=1)
+    with pytest.raises(TrainingError, match="early_stopping_patience watches held-out comparisons and there are none"):
+        reward.run(tiny.reward_args(tmp_path, tiny.comparisons(1), eval_fraction=0.05, early_stopping_patience=1))
