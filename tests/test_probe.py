@@ -9,6 +9,7 @@ import torch
 
 from rlhf import probe, reward
 from rlhf.cli import main
+from rlhf.config import RewardArgs
 from rlhf.probe import PERTURBATIONS, Case
 from rlhf.registry import Registry
 
@@ -145,6 +146,22 @@ def test_the_published_head_is_the_mean_of_the_ensemble(trained):
     assert model.config.num_labels == 1
 
 
+def test_demonstrations_score_zero_by_every_head(trained):
+    from safetensors.torch import load_file
+
+    from rlhf.reward_eval import comparisons_of, open_version
+
+    version = open_version(Registry(trained / "runs").require("rm", "tiny"))
+    _, train = comparisons_of(version, None)
+    rows = reward.demonstration_rows(version.args, version.tokenizer, train, version.limit)
+    heads = load_file(version.artifact.path / reward.HEADS)
+    with reward.all_heads(version.model, heads["weight"]):
+        by_head = reward.score_rows(version.score, rows) + heads["bias"]
+    torch.testing.assert_close(by_head.mean(dim=0), torch.zeros(3), rtol=0, atol=1e-4)
+    one = reward.score_rows(version.score, rows)  # and the published reward is the mean of theirs
+    torch.testing.assert_close(one, by_head.mean(dim=1), rtol=0, atol=1e-4)
+
+
 def test_probe_writes_rates_and_worst_cases(trained, capsys):
     assert run(trained, "probe", "tiny/rm", "--kinds", "truncation", "repetition", "synonyms") == 0
     told = " ".join(capsys.readouterr().out.split())
@@ -170,20 +187,26 @@ def test_another_file_has_its_own_name(trained, capsys):
     assert found["prompts"] == 4 and found["ensemble"]["std_of_margin"] == pytest.approx(0.0, abs=1e-6)
 
 
-def test_cross_validation_by_labelers(trained, capsys):
-    assert run(trained, "eval", "tiny/rm", "--cross-validate", "2") == 0
+def test_cross_validation_by_labelers(trained, capsys, monkeypatch):
+    trained_on = []
+    new_trainer = reward.new_trainer
+    monkeypatch.setattr(reward, "new_trainer", lambda *a: trained_on.append(len(a[4])) or new_trainer(*a))
+    assert run(trained, "eval", "tiny/rm", "--cross-validate", "3") == 0
     registry = Registry(trained / "runs")
-    found = json.loads((registry.evals_dir(registry.require("rm", "tiny")) / "rm.json").read_text())[
-        "held_out_labelers"
-    ]
+    artifact = registry.require("rm", "tiny")
+    found = json.loads((registry.evals_dir(artifact) / "rm.json").read_text())["held_out_labelers"]
     groups = [fold["labelers"] for fold in found["folds"]]
-    assert (
-        sorted(name for group in groups for name in group) == ["labeler-0", "labeler-1", "labeler-2", "labeler-9"]
-        and found["groups"] == 2
-    )
-    values = [fold["held_out_labelers"]["accuracy"] for fold in found["folds"]]
-    assert found["mean"] == pytest.approx(sum(values) / 2) and found["mean"] > 0.7
-    assert found["standard_error"] == pytest.approx(abs(values[0] - values[1]) / 2)
+    assert groups == [["labeler-0", "labeler-9"], ["labeler-1"], ["labeler-2"]]
+
+    args = RewardArgs(**artifact.manifest["config"])
+    train, held_out = (list(records["labeler"]) for records in reward.load_splits(args, "comparisons"))
+    for fold, names, count in zip(found["folds"], groups, trained_on):
+        assert count == sum(name not in names for name in train)  # none of the group's
+        assert fold["held_out_labelers"]["prompts"] == sum(name in names for name in held_out)
+        assert fold["training_labelers"]["prompts"] == sum(name not in names for name in held_out)
+    values = torch.tensor([fold["held_out_labelers"]["accuracy"] for fold in found["folds"]])
+    assert found["mean"] == pytest.approx(values.mean().item()) and found["mean"] > 0.7
+    assert found["standard_error"] == pytest.approx(values.std().item() / 3**0.5)
     assert "held-out labelers" in capsys.readouterr().out
     assert tiny.left_over(registry, "rm") == ["evals"]
 

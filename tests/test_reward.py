@@ -531,24 +531,23 @@ def test_the_loss_of_an_ensemble_is_the_mean_over_its_heads(tmp_path, starts):
     assert tiny.history(artifact)[0]["loss"] == pytest.approx(sum(losses) / 3, abs=2e-6)
 
 
-def test_early_stopping_publishes_the_best_epoch(tmp_path, starts):
-    """A learning rate that ruins the model: the accuracy falls, training stops, and the best epoch's is what is published."""
+def test_early_stopping_publishes_the_best_epoch(tmp_path):
+    """Held-out comparisons that want the opposite: the accuracy falls with every epoch, so the first one is the best."""
     tiny.published(tmp_path, "sft")
-    args = tiny.reward_args(
-        tmp_path,
-        tiny.comparisons(60),
-        max_steps=-1,
-        num_train_epochs=12,
-        learning_rate=3e-2,
-        eval_fraction=0.3,
-        early_stopping_patience=2,
-        per_device_train_batch_size=8,
-    )
-    artifact = reward.run(args)
+    records = tiny.comparisons(60)
+    settings = {"eval_fraction": 0.3, "early_stopping_patience": 2, "num_train_epochs": 12, "max_steps": -1}
+    _, held_out = reward.load_splits(tiny.reward_args(tmp_path, records, **settings), "comparisons")
+    opposite = set(held_out["prompt"])
+    for record in records:
+        if record["prompt"] in opposite:
+            record["ranks"] = [10 - rank for rank in record["ranks"]]
+    artifact = reward.run(tiny.reward_args(tmp_path, records, **settings))
     seen = [line["eval_accuracy"] for line in tiny.history(artifact) if "eval_accuracy" in line]
-    assert len(seen) < 12 and max(seen[:-2]) >= max(seen)  # two epochs without a better one
+    best = seen.index(max(seen))
+    assert len(seen) == best + 3 < 12  # two evaluations without a better one
     assert artifact.manifest["metrics"]["accuracy"] == pytest.approx(max(seen), abs=1e-6)
-    assert tiny.left_over(Registry(args.output_dir), "rm") == ["evals"]
+    assert seen[-1] < max(seen) - 0.01
+    assert tiny.left_over(Registry(tmp_path / "runs"), "rm") == ["evals"]
 
 
 def test_early_stopping_needs_something_to_watch(tmp_path):

@@ -131,6 +131,8 @@ def ensemble_of(versions: Sequence[Version], records: Dataset) -> dict[str, Any]
         rankings = reward.held_out_rankings(version.score, version.model, rows, records)
         scored.append({item["record"]: ranking for item, ranking in zip(rows.rows, rankings)})
     shared = [place for place in scored[0] if all(place in each for each in scored)]
+    if not shared:
+        raise TrainingError(f"no held-out comparison fits into all of {', '.join(v.artifact.ref for v in versions)}")
     rankings = [
         dataclasses.replace(
             scored[0][place],
