@@ -106,7 +106,7 @@ def test_completions_share_the_row_of_their_prompt():
     assert batch["read"].tolist() == [3, 4, 6, 7, 8]
     first, second = shared_prompt.layout([2, 1], [[2, 1], [1, 1, 1]], torch.device("cpu"))
     assert (first.prompt, first.tokens, second.prompt, second.tokens) == (2, 3, 1, 3)
-    assert first.own.tolist() == [[0, 1], [2, 2]] and first.real.tolist() == [[True, True], [True, False]]
+    assert first.own.tolist() == [[0, 1], [2, 2]] and first.real.tolist() == [0, 1, 2]
     assert first.mask.int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
     plain = reward.Collator(0, share_prompt=False)(items)
     assert plain["input_ids"].tolist() == [[5, 6, 7, 8], [5, 6, 9, 0], [4, 7, 0, 0], [4, 8, 0, 0], [4, 9, 0, 0]]

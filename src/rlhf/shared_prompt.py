@@ -29,9 +29,10 @@ MODEL_TYPES = {"gpt2", "opt", "gpt_neox", "llama", "qwen2", "qwen3"}
 
 @dataclass(frozen=True)
 class Group:
-    """`prompt` tokens of the row, and behind them the completions, `own[real]` of the `tokens` that they have together.
+    """`prompt` tokens of the row, and behind them the `tokens` that the K completions have together.
 
-    own [K, T]: the places of each completion's tokens among those, padded with its last one; real [K, T]: what is no padding;
+    own [K, T]: the places of each completion's tokens among those, padded with its last one.
+    real [tokens]: where they are in the flattened [K, T]; by number, since a mask would make a GPU wait in every layer.
     mask [T, prompt + T]: what the t-th token of a completion sees of the prompt and of its own tokens.
     """
 
@@ -49,7 +50,7 @@ def layout(prompts: Sequence[int], completions: Sequence[Sequence[int]], device:
         length = torch.tensor(lengths)
         step = torch.arange(int(length.max()))
         own = (length.cumsum(0) - length)[:, None] + torch.minimum(step, length[:, None] - 1)
-        real = step < length[:, None]
+        real = (step < length[:, None]).flatten().nonzero().squeeze(1)
         mask = torch.ones(len(step), prompt + len(step), dtype=torch.bool).tril(prompt)
         groups.append(Group(prompt, sum(lengths), own.to(device), real.to(device), mask.to(device)))
     return groups
@@ -86,7 +87,7 @@ def attend(
         q, k, v = (tensor[group.own].transpose(1, 2) for tensor in completions)  # [K, H, T, D]
         k, v = (torch.cat([b.expand(len(own), -1, -1, -1), own], dim=2) for b, own in zip(before, (k, v)))
         seen = scaled_dot_product_attention(q, k, v, attn_mask=group.mask, scale=scaling)
-        parts.append(seen.transpose(1, 2)[group.real])
+        parts.append(seen.transpose(1, 2).flatten(0, 1)[group.real])
     return torch.cat(parts)[None], None
 
 
