@@ -199,11 +199,12 @@ def test_cross_validation_by_labelers(trained, capsys, monkeypatch):
     assert groups == [["labeler-0", "labeler-9"], ["labeler-1"], ["labeler-2"]]
 
     args = RewardArgs(**artifact.manifest["config"])
-    train, held_out = (list(records["labeler"]) for records in reward.load_splits(args, "comparisons"))
+    train, held_out = (list(records) for records in reward.load_splits(args, "comparisons"))
     for fold, names, count in zip(found["folds"], groups, trained_on):
-        assert count == sum(name not in names for name in train)  # none of the group's
-        assert fold["held_out_labelers"]["prompts"] == sum(name in names for name in held_out)
-        assert fold["training_labelers"]["prompts"] == sum(name not in names for name in held_out)
+        assert count == sum(record["labeler"] not in names for record in train)  # none of the group's
+        for title, inside in (("held_out_labelers", True), ("training_labelers", False)):
+            prompts = {record["prompt"] for record in held_out if (record["labeler"] in names) == inside}
+            assert fold[title]["prompts"] == len(prompts)
     values = torch.tensor([fold["held_out_labelers"]["accuracy"] for fold in found["folds"]])
     assert found["mean"] == pytest.approx(values.mean().item()) and found["mean"] > 0.7
     assert found["standard_error"] == pytest.approx(values.std().item() / 3**0.5)

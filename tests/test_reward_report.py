@@ -21,7 +21,7 @@ def ranking(ranks, scores, lengths=None, **more):
 
 def test_accuracy_by_hand():
     # K = 3, ranks 1, 2, 2: pairs (0, 1) right and (0, 2) wrong. K = 2: right. Three pairs, two right
-    found = rr.report([ranking([1, 2, 2], [1.0, 0.0, 2.0]), ranking([2, 1], [0.0, 1.0])], {})
+    found = rr.report([ranking([1, 2, 2], [1.0, 0.0, 2.0]), ranking([2, 1], [0.0, 1.0], prompt="R")], {})
     assert found["accuracy"] == pytest.approx(2 / 3) and found["pairs"] == 3 and found["prompts"] == 2
     assert found["by_k"]["3"]["accuracy"] == 0.5 and found["by_k"]["2"]["accuracy"] == 1.0
     assert found["margins"]["mean"] == pytest.approx((1 - 1 + 1) / 3)
@@ -77,6 +77,14 @@ def test_pairs_of_one_prompt_are_resampled_together():
     many = rr.calibration([LN3] * 28 + [-LN3] * 28, [0] * 28 + [1] * 28)["ece_ci95"]
     few = rr.calibration([LN3, -LN3], [0, 1])["ece_ci95"]
     assert many == pytest.approx(few)
+
+
+def test_labelers_of_one_prompt_are_resampled_together():
+    """Thirty labelers of each of two prompts, all right and all wrong, are two observations of the model."""
+    right = [ranking([1, 2], [1.0, 0.0], labeler=str(i)) for i in range(30)]
+    wrong = [ranking([1, 2], [0.0, 1.0], labeler=str(i), prompt="R") for i in range(30)]
+    found = rr.accuracy(right + wrong)
+    assert found["accuracy_ci95"] == [0.0, 1.0] and found["prompts"] == 2 and found["pairs"] == 60
 
 
 def test_correlation_with_length_by_hand():

@@ -13,7 +13,7 @@ import random
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.data.records import prompt_text
-from rlhf.evaluation import bootstrap_ci95, ranking_metrics
+from rlhf.evaluation import bootstrap_ci95
 
 BINS = 10  # of the reliability curve, over [0, 1]
 ECE = (
@@ -68,7 +68,7 @@ def report(
 ) -> dict[str, Any]:
     """Everything as plain values. `controls` are scores of other texts, demonstrations first; `agreement` is the labelers'."""
     pairs = _Pairs(rankings)
-    longer = ranking_metrics([list(map(float, r.lengths)) for r in rankings], [r.ranks for r in rankings])
+    longer = accuracy([replace(ranking, scores=ranking.lengths) for ranking in rankings])
     samples = [score for ranking in rankings for score in ranking.scores]
     found: dict[str, Any] = {
         **accuracy(rankings),
@@ -92,8 +92,14 @@ def report(
 
 
 def accuracy(rankings: Sequence[Ranking]) -> dict[str, Any]:
-    """Pair accuracy, its interval, numbers of pairs and prompts, mean margin."""
-    return ranking_metrics([r.scores for r in rankings], [r.ranks for r in rankings])
+    """Pair accuracy, its interval, numbers of pairs and prompts, mean margin; 0.5 over no pair where there is none.
+
+    Two labelers' rankings of one prompt are of one prompt: they are resampled together.
+    """
+    pairs = _Pairs(rankings)
+    if not len(pairs.gaps):
+        return {"accuracy": 0.5, "accuracy_ci95": [0.0, 1.0], "pairs": 0, "prompts": 0, "margin": 0.0}
+    return {**pairs.rate(pairs.every), "margin": float(pairs.gaps.mean())}
 
 
 class _Pairs:
@@ -104,19 +110,22 @@ class _Pairs:
         lengths: list[int] = []
         prompt: list[int] = []
         spread: list[float] = []
-        for i, ranking in enumerate(rankings):
+        places: dict[str, int] = {}
+        for ranking in rankings:
+            place = places.setdefault(ranking.prompt, len(places))
             for better, worse in ordered(ranking.ranks):
                 gaps.append(ranking.scores[better] - ranking.scores[worse])
                 lengths.append(ranking.lengths[better] - ranking.lengths[worse])
-                prompt.append(i)
+                prompt.append(place)
                 if ranking.members is not None:
                     spread.append(float(np.std(np.subtract(ranking.members[better], ranking.members[worse]))))
         self.gaps, self.lengths = np.asarray(gaps, dtype=np.float64), np.asarray(lengths, dtype=np.float64)
         self.prompt, self.spread = np.asarray(prompt, dtype=int), np.asarray(spread, dtype=np.float64)
+        self.every = np.ones(len(gaps), dtype=bool)
 
-    def rate(self, chosen: Any, right: Any = None) -> dict[str, Any]:
+    def rate(self, chosen: Any) -> dict[str, Any]:
         """Accuracy over the pairs where `chosen`, equal rewards counting half."""
-        credit = (self.gaps > 0) + 0.5 * (self.gaps == 0) if right is None else right
+        credit = (self.gaps > 0) + 0.5 * (self.gaps == 0)
         rows = _by_prompt(self.prompt[chosen], credit[chosen], np.ones(int(np.sum(chosen))))
         if not len(rows):
             return {"accuracy": None, "accuracy_ci95": None, "pairs": 0, "prompts": 0}
@@ -276,9 +285,7 @@ def _ensemble(rankings: Sequence[Ranking], pairs: _Pairs) -> dict[str, Any]:
     """How far the members are apart, and whether the pairs that they disagree on are those that the mean gets wrong."""
     members = np.asarray([row for r in rankings for row in (r.members or [])], dtype=np.float64)  # [completions, M]
     each = [
-        ranking_metrics([[row[m] for row in r.members or []] for r in rankings], [r.ranks for r in rankings])[
-            "accuracy"
-        ]
+        accuracy([replace(r, scores=[row[m] for row in r.members or []]) for r in rankings])["accuracy"]
         for m in range(members.shape[1])
     ]
     found: dict[str, Any] = {
