@@ -142,6 +142,10 @@ def test_controls():
     assert sorted(rows["answers to other prompts"]) == [[1, 2, 7, 9], [6, 5, 9]]
     assert sorted(map(len, rows["random tokens"])) == [3, 4] and all(row[-1] == 9 for row in rows["random tokens"])
     assert rows == rr.control_rows(items, 50, [[1, 2, 3]])
+    # a long answer after a long prompt would be out of the model's context
+    long = [{"prompt": [1] * 9, "completions": [[3], [4]], "ranks": [1, 2]}]
+    long += [{"prompt": [1], "completions": [[3] * 9, [4]], "ranks": [1, 2]}]
+    assert rr.control_rows(long, 50, [])["answers to other prompts"] == [[1, 3]]
 
 
 def full_report():

@@ -349,8 +349,9 @@ def control_rows(
     """Token rows that an RM is asked about besides: demonstrations, each best answer after another prompt, and random tokens.
 
     items: encoded held-out comparisons. Random tokens, ids 0 to last_id, are as many as the best answer has, after its prompt,
-    and the last token (EOS) stays.
+    and the last token (EOS) stays. No row is longer than the longest of the items, which the model can read.
     """
+    longest = max((len(item["prompt"]) + max(map(len, item["completions"])) for item in items), default=0)
     rng = random.Random(seed)
     chosen = rng.sample(list(items), min(CONTROLS, len(items)))
     best = [item["completions"][item["ranks"].index(min(item["ranks"]))] for item in chosen]
@@ -359,7 +360,8 @@ def control_rows(
     }
     if len(chosen) > 1:
         moved = best[1:] + best[:1]
-        rows["answers to other prompts"] = [item["prompt"] + answer for item, answer in zip(chosen, moved)]
+        pairs = [item["prompt"] + answer for item, answer in zip(chosen, moved)]
+        rows["answers to other prompts"] = [row for row in pairs if len(row) <= longest]
     rows["random tokens"] = [
         item["prompt"] + [rng.randint(0, last_id) for _ in answer[:-1]] + list(answer[-1:])
         for item, answer in zip(chosen, best)
