@@ -187,6 +187,23 @@ def test_a_reward_model_starts_from_the_sft_adapter(chains, architecture):
     assert all(p.requires_grad for p in whole.parameters())
 
 
+def test_rlhf_eval_reads_an_adapter_that_early_stopping_chose(tmp_path, chains, capsys):
+    """Its scores, from the files, are those that training saw: adapter, head, norm and the attention of shared prompts."""
+    registry = published_chain(tmp_path, chains)
+    settings = {"eval_fraction": 0.3, "early_stopping_patience": 1, "num_train_epochs": 3, "max_steps": -1, **LORA}
+    artifact = reward.run(tiny.reward_args(tmp_path, tiny.comparisons(30), **settings))
+    said = registry.evals_dir(artifact) / "rm.json"
+    trained = json.loads(said.read_text())
+    seen = [line["eval_accuracy"] for line in tiny.history(artifact) if "eval_accuracy" in line]
+    assert artifact.adapters and artifact.manifest["metrics"]["accuracy"] == pytest.approx(max(seen), abs=1e-6)
+    said.unlink()
+    assert cli.main(["eval", "tiny/rm", "--root", str(registry.root)]) == 0
+    opened = json.loads(said.read_text())
+    assert opened["accuracy"] == trained["accuracy"]
+    for name, found in trained["scores"].items():
+        assert opened["scores"][name] == pytest.approx(found, abs=1e-5), name
+
+
 def test_stages_without_use_peft_train_the_merged_weights(tmp_path, chains):
     registry = published_chain(tmp_path, chains)
     rm = reward.run(tiny.reward_args(tmp_path))
@@ -619,6 +636,16 @@ def test_quantisation_needs_adapters(tmp_path, make):
         make(tmp_path, load_in_4bit=True)
     with pytest.raises(ConfigError, match="exclude each other"):
         make(tmp_path, use_peft=True, load_in_4bit=True, load_in_8bit=True)
+
+
+def test_an_ensemble_of_heads_takes_no_adapters(tmp_path, capsys):
+    told = "heads: an ensemble of heads is trained without adapters; set heads to 1, or use_peft off"
+    with pytest.raises(ConfigError, match=told):
+        tiny.reward_args(tmp_path, use_peft=True, heads=2)
+    with pytest.raises(SystemExit) as stop:
+        cli.run_stage("reward", ["--heads", "2", "--use_peft", "true", "--output_dir", str(tmp_path / "runs")])
+    assert stop.value.code == 2 and capsys.readouterr().err == f"error: {told}\n"
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("changes", [LORA | QUANTISED["8-bit"], {"optim": "paged_adamw_8bit"}])

@@ -19,6 +19,7 @@ from typing import Any
 from rlhf import RLHFError, __version__
 from rlhf.data_cli import add_data
 from rlhf.hub_cli import add_hub
+from rlhf.reward_cli import add_reward
 
 ARTIFACTS = {"pretrain": "base", "sft": "sft", "reward": "rm", "ppo": "ppo"}
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -176,7 +177,7 @@ def add_plan(commands: Any) -> None:
     add("--json", action="store_true", help="everything in bytes, for programs")
 
 
-GROUPS: list[Callable[[Any], None]] = [add_registry, add_hub, add_plan, add_data]
+GROUPS: list[Callable[[Any], None]] = [add_registry, add_hub, add_plan, add_data, add_reward]
 
 
 if __name__ == "__main__":

@@ -194,6 +194,13 @@ def _head_modules(model: Any) -> list[str]:
     return ["score", *(name for name, module in model.named_modules() if module is norm)]
 
 
+def add_head(score: nn.Linear, heads: int) -> nn.Linear:
+    """A new scalar head in the place of `score`, with `heads` outputs: an ensemble's members, each with its own first weights."""
+    new = nn.Linear(score.in_features, heads, bias=False, dtype=score.weight.dtype, device=score.weight.device)
+    nn.init.normal_(new.weight, std=1 / math.sqrt(score.in_features + 1))
+    return new
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without transformers' bars over files that take a moment, and its report of a head that is new on purpose."""
@@ -367,7 +374,9 @@ def values_at(model: Any, input_ids: Tensor, attention_mask: Tensor, where: Tens
 
 
 def scalar_head(model: Any, hidden: Tensor) -> Tensor:
-    """One number [N] of hidden states [N, H], in the head's own precision also under autocast: bfloat16 has 8 bits."""
+    """One number [N] of hidden states [N, H], of an ensemble's heads [N, M], in the head's own precision also under autocast:
+    bfloat16 has 8 bits.
+    """
     with torch.autocast(hidden.device.type, enabled=False):
         dtype = next(adapters.trained(model.score).parameters()).dtype
         return model.score(hidden.to(dtype)).squeeze(-1).float()
