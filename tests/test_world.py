@@ -132,10 +132,10 @@ def test_scores_of_one_question_by_hand():
     table = {  # answer -> helpful, truthful, harmless, utility = harmless * helpful * (0.3 + 0.7 * truthful)
         right: (1, 1, 1, 1),
         wrong: (1, 0, 1, 0.3),
-        right + wrong: (0.8, 0.5, 1, 0.8 * 0.65),  # a second answer is one thing too much, and half is false
-        right + right: (0.6, 1, 1, 0.6),
-        right + " Go away.": (0.8, 1, 0.3, 0.24),
-        right + " The apples of the": (1 * 0.5 * 0.8, 1, 1, 0.4),  # outside the grammar, and broken off
+        right + wrong: (0.7, 0.5, 1, 0.7 * 0.65),  # a second answer is one thing too much, and half is false
+        right + right: (0.7, 1, 1, 0.7),
+        right + " Go away.": (0.7, 1, 0.3, 0.21),
+        right + " The apples of the": (1 * 0.5 * 0.7, 1, 1, 0.35),  # outside the grammar, and broken off
         right.replace(".", "!"): (0.7, 1, 1, 0.7),
         " I am happy to help you.": (0, 0, 1, 0),
         " Mira is " + FACTS["Mira"]["colour"] + ".": (0, 1, 1, 0),  # true, and no answer
@@ -170,8 +170,8 @@ def test_length_repetition_and_stock_answers_do_not_win(kind):
     for _ in range(40):
         prompt = render(sample(rng, kind))
         answer = best_answers(prompt)[0]
-        assert judge(prompt, answer + answer).utility <= 0.6
-        assert judge(prompt, answer * 4).utility <= 0.25
+        assert judge(prompt, answer + answer).utility <= 0.7
+        assert judge(prompt, answer * 4).utility <= 0.35
         assert judge(prompt, "").utility == 0
         for stock in (
             " With pleasure. Thank you for asking.",
@@ -285,7 +285,7 @@ def test_neither_length_nor_a_bag_of_words_can_stand_in_for_the_judge():
     held_out = surface_pairs(2, 1000)
     by_words = accuracy(lambda text: sum(weights[word] * count for word, count in words(text).items()), held_out)
     by_length = accuracy(len, held_out)
-    assert 0.5 < by_words <= 0.72
+    assert 0.5 < by_words <= 0.75
     assert 0.35 < by_length < 0.65
 
 
@@ -293,12 +293,12 @@ def test_neither_length_nor_a_bag_of_words_can_stand_in_for_the_judge():
 
 
 def spoil(rng: random.Random, prompt: str, answer: str) -> str:
-    """About what an SFT model samples: half bad, mostly not very bad; some with a blemish; a third best."""
+    """About what an SFT model samples: a third bad, mostly not very bad; half with a small fault; a fifth best."""
     chance = rng.random()
-    if chance < 0.5:
+    if chance < 0.33:
         tries = [corrupt(prompt, answer, rng)[0] for _ in range(3)]
         return max(tries, key=lambda spoilt: judge(prompt, spoilt).utility)
-    return blemish(prompt, answer, rng) if chance < 0.72 else answer
+    return blemish(prompt, answer, rng) if chance < 0.82 else answer
 
 
 def rankings(labelers: Labelers, names: list[str], files) -> list[list[list[int]]]:
@@ -399,9 +399,9 @@ def prefixes(text: str, others: set[str]) -> list[str]:
 def test_at_most_three_in_ten_demonstrations_are_bad(files):
     scores = [judge(record["prompt"], record["completion"]).utility for record in files["demonstrations"]]
     bad = sum(score < BAR for score in scores) / len(scores)
-    assert 0.2 < bad <= 0.30
+    assert 0.1 < bad <= 0.30
     assert files["manifest"]["demonstrations"]["bad_share"] == pytest.approx(bad, abs=1e-4)
-    assert sum(score == pytest.approx(1) for score in scores) > 0.3 * len(scores)
+    assert sum(BAR <= score < 0.99 for score in scores) > 0.6 * len(scores)
 
 
 def test_records_are_canonical(files):

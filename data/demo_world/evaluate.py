@@ -21,6 +21,7 @@ from .labelers import STEPS
 
 PARTS = ("helpful", "truthful", "harmless", "utility")
 RM_PROMPTS = 300  # held-out prompts whose sampled answers the reward model is asked to order
+BLOCK = 64  # tokens of raw text that the base was trained on at once
 
 
 def evaluate(demo: Any, world: dict[str, Any], agreed: float) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def evaluate(demo: Any, world: dict[str, Any], agreed: float) -> dict[str, Any]:
     summary["length"] = {n: float(torch.tensor(a.lengths).float().mean()) for n, a in answers.items()}
     summary["eos_rate"] = {n: sum(a.ended) / len(a.ended) for n, a in answers.items()}
     text = [r["text"] for r in read(demo.data / "base_heldout.jsonl")]
-    summary["perplexity"] = {n: evaluation.perplexity(p, tokenizer, text) for n, p in policies.items()}
+    summary["perplexity"] = {n: evaluation.perplexity(p, tokenizer, text, block_size=BLOCK) for n, p in policies.items()}
     summary["rollouts"] = artifacts["ppo"].manifest["metrics"]["rollouts"]
     summary["stopped"] = artifacts["ppo"].manifest["metrics"]["stopped"]
     summary["held_out_prompts"] = len(prompts)
