@@ -58,6 +58,7 @@ class ActorCritic(nn.Module):
     def __init__(self, policy: Any, critic: Any):
         super().__init__()
         self.policy, self.critic = policy, critic
+        self.every_part_uses_all = False  # set by an engine that needs a gradient of each parameter from each forward
 
     def forward(self, rows: Rows | None, temperature: float, banned: Tensor, text: Tensor | None = None) -> Any:
         """Log-probabilities and values [B, T] of the responses in `rows`; or log-probabilities [b, L-1] of raw text [b, L]."""
@@ -65,7 +66,11 @@ class ActorCritic(nn.Module):
             everything = torch.ones_like(text, dtype=torch.bool)
             everything[:, -1] = False
             logits = logits_at(self.policy, text, torch.ones_like(text), everything)
-            return objectives.token_logprobs(logits[None], text[:, 1:].reshape(1, -1)).view(text.shape[0], -1)
+            logp = objectives.token_logprobs(logits[None], text[:, 1:].reshape(1, -1)).view(text.shape[0], -1)
+            if self.every_part_uses_all:
+                one = torch.ones_like(text[:1, :1])
+                logp = logp + 0.0 * values_at(self.critic, text[:1, :1], one, one.bool())
+            return logp
         assert rows is not None
         logp = response_logp(self.policy, rows, temperature, banned)
         values = values_at(self.critic, rows.ids, rows.attention, rows.where)

@@ -12,6 +12,7 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,9 @@ def silence_libraries() -> None:
     """Keeps libraries from reporting, once a process, what this machine does not have and the run does not need."""
     for name in ("bitsandbytes", "DeepSpeed", "torch.distributed.elastic"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings(
+        "ignore", "`torch.distributed", FutureWarning
+    )  # what DeepSpeed calls, once a call and process
 
 
 def build_parser() -> argparse.ArgumentParser:

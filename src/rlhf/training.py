@@ -28,6 +28,7 @@ from transformers.trainer_utils import IntervalStrategy
 from rlhf import RLHFError, card
 from rlhf.config import StageArgs, TrainerArgs, to_dict
 from rlhf.data import load, split_by_key
+from rlhf.engine import state_dict
 from rlhf.models import quiet
 from rlhf.registry import Artifact, Registry
 
@@ -464,7 +465,7 @@ def saver(accelerator: Any, model: Any, tokenizer: Any) -> Any:
     """`save` for `publish`: weights gathered from all processes, written as a folder that plain transformers loads."""
 
     def save(folder: Path | None) -> None:
-        state = accelerator.get_state_dict(model)
+        state = state_dict(accelerator, model)
         if folder is not None:
             with quiet():
                 accelerator.unwrap_model(model).save_pretrained(folder, state_dict=state)
