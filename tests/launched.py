@@ -1,6 +1,6 @@
-"""Stages one after the other in the processes of one launch: `accelerate launch … tests/launched.py STAGE CONFIG [STAGE CONFIG …]`.
+"""Stages one after the other in the processes of one launch: `accelerate launch … tests/launched.py STAGE CONFIG …`.
 
-Each goes through `run_stage`, as in its script; what is shared is the start of the processes, which takes longer than a tiny stage.
+Each goes through `run_stage`, as in its script; the start of the processes, which takes longer than a tiny stage, is shared.
 """
 
 import gc

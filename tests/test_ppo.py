@@ -187,7 +187,7 @@ def test_ppo_and_pretraining_gradients_add_up_in_one_buffer(tmp_path):
     both, *_ = gradient_of_update(ppo_args(tmp_path, ptx_coef=3.0, ptx_ratio=1.0))
     alone, *_ = gradient_of_update(ppo_args(tmp_path, ptx_coef=0.0))
     fresh = trainer_of(ppo_args(tmp_path, ptx_coef=3.0, ptx_ratio=1.0))
-    ((text, count),) = fresh.pretraining_batches()
+    ((text, _, count),) = fresh.pretraining_batches()
     assert len(text) == 4 and count == 4 * 15
     policy = fresh.accelerator.unwrap_model(fresh.model).policy
     loss = policy(input_ids=text, labels=text).loss  # transformers' own: the mean over the same tokens

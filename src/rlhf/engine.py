@@ -222,6 +222,12 @@ def gathered(parameters: Iterable[Any], modify: bool = False) -> Iterator[None]:
         yield
 
 
+def settle(model: Any) -> None:
+    """Ends what ZeRO 3 has fetched ahead for a forward that does not follow, so that weights can be gathered and written."""
+    if hasattr(getattr(model, "optimizer", None), "parameter_offload"):
+        model.empty_partition_cache()
+
+
 def state_dict(accelerator: Accelerator, model: Any) -> Any:
     """The module's weights, gathered from all processes where they are spread; then only the first process gets them.
 

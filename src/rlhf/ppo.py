@@ -298,8 +298,9 @@ class PPO:
         tokens = int(rollout.mask[minibatch].sum())
         sums: dict[str, float] = {}
         work: list[Callable[[], Tensor]] = []
-        for text, count in self.pretraining_batches():
-            work.append(lambda text=text, count=count: self.pretraining_objective(text, count, sums))  # type: ignore[misc]
+        for text, real, count in self.pretraining_batches():
+            mix = (text, real, count, sums)
+            work.append(lambda mix=mix: self.pretraining_objective(*mix))  # type: ignore[misc]
         for index, real in self.shares(minibatch[rollout.lengths[minibatch].argsort(stable=True)]):
             part = (rollout, advantages, returns, index, real, tokens, sums)
             work.append(lambda part=part: self.ppo_objective(*part))  # type: ignore[misc]
@@ -363,40 +364,40 @@ class PPO:
                 sums[name] = sums.get(name, 0.0) + float(tensor)
         return (policy + args.vf_coef * value) * self.accelerator.num_processes
 
-    def pretraining_objective(self, text: Tensor, count: int, sums: dict[str, float]) -> Tensor:
+    def pretraining_objective(self, text: Tensor, real: bool, count: int, sums: dict[str, float]) -> Tensor:
         """ptx_coef times the negative log-likelihood of raw text [b, L], over `count` tokens of the minibatch."""
         text = text.to(self.accelerator.device)
         logp = self.model(None, self.args.temperature, self.actors.banned, text=text)
-        loss = objectives.pretraining_loss(logp, torch.ones_like(logp, dtype=torch.bool), count=count)
+        loss = objectives.pretraining_loss(logp, torch.full_like(logp, real, dtype=torch.bool), count=count)
         sums["loss/pretraining"] = sums.get("loss/pretraining", 0.0) + float(loss.detach())
         return self.args.ptx_coef * loss * self.accelerator.num_processes
 
     def shares(self, minibatch: Tensor) -> Iterator[tuple[Tensor, bool]]:
-        """This process's micro-batches of a minibatch sorted by length.
+        """This process's micro-batches of a minibatch sorted by length."""
+        yield from self.parts(minibatch, self.args.per_device_train_batch_size)
 
-        Every process gets as many, because sharded modules are gathered by all of them together; one that has too few runs a
-        part that counts for nothing.
+    def parts(self, minibatch: Tensor, size: int) -> Iterator[tuple[Tensor, bool]]:
+        """This process's share of indices [n], at most `size` at once, each with whether it counts.
+
+        Every process gets as many parts, because sharded modules are gathered by all of them together; one that has too few runs
+        a part that counts for nothing.
         """
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        size = self.args.per_device_train_batch_size
         mine = minibatch[rank::processes]
         parts = list(mine.split(size)) if len(mine) else []
         most = math.ceil(math.ceil(len(minibatch) / processes) / size)
         yield from ((part, True) for part in parts)
         yield from ((minibatch[:1], False) for _ in range(most - len(parts)))
 
-    def pretraining_batches(self) -> Iterator[tuple[Tensor, int]]:
-        """This process's raw text for one optimiser step, ptx_ratio examples an episode, and the step's tokens in all."""
+    def pretraining_batches(self) -> Iterator[tuple[Tensor, bool, int]]:
+        """This process's raw text for one optimiser step, ptx_ratio examples an episode; whether it counts; the step's tokens."""
         if self.pretraining is None:
             return
         args, (blocks_, length) = self.args, self.pretraining.shape
-        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        size = args.per_device_ptx_batch_size
-        # A multiple of the processes, so that each has as many parts.
-        count = math.ceil(max(1, round(args.mini_batch_size * args.ptx_ratio)) / processes) * processes
-        wanted = prompt_batch(args.seed + 1, self.state.steps, count, blocks_)[rank::processes]
-        for part in torch.tensor(wanted).split(size):
-            yield self.pretraining[part], count * (length - 1)
+        count = max(1, round(args.mini_batch_size * args.ptx_ratio))
+        wanted = torch.tensor(prompt_batch(args.seed + 1, self.state.steps, count, blocks_))
+        for part, real in self.parts(wanted, args.per_device_ptx_batch_size):
+            yield self.pretraining[part], real, count * (length - 1)
 
     def clip_gradients(self) -> dict[str, float]:
         """Clips policy and critic each to max_grad_norm, so that neither's scale decides the other's step; their norms."""

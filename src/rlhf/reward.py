@@ -22,6 +22,7 @@ from transformers import Trainer, set_seed
 from rlhf.config import RewardArgs
 from rlhf.data import fingerprint, load
 from rlhf.data.encode import encode_completions, encode_prompts, pad
+from rlhf.engine import settle
 from rlhf.evaluation import ranking_metrics
 from rlhf.models import accepts, add_reward_bias, context_length, load_scalar_model, load_tokenizer
 from rlhf.objectives import ranking_loss
@@ -247,6 +248,7 @@ def demonstration_rows(args: RewardArgs, tokenizer: Any, comparisons: Dataset, l
 def centre_on_demonstrations(trainer: RewardTrainer, rows: Sequence[list[int]]) -> dict[str, Any]:
     """Adds the constant that makes demonstrations score 0 on average; says where it is kept."""
     before = score_rows(trainer, rows)
+    settle(trainer.model_wrapped)
     place = add_reward_bias(trainer.accelerator.unwrap_model(trainer.model), -float(before.mean()))
     std = float(before.std(unbiased=False))
     return {"bias": -float(before.mean()), "bias_kept_in": place, "demonstrations_std": std}

@@ -1,0 +1,166 @@
+"""Real launches: every stage under data parallelism and ZeRO 1, 2, 3 and offload follows the same run on one process.
+
+Which architecture meets which strategy is in COVER: each strategy runs every stage, and both architectures meet DDP, a strategy
+with whole weights and one with spread ones. The stages of a launch share its processes (tests/launched.py), because starting
+them takes longer than training.
+"""
+
+import importlib.util
+import json
+import shutil
+
+import pytest
+import test_ppo
+import tiny
+from safetensors.torch import load_file
+
+from rlhf import ppo, reward, sft
+
+RUN = {"sft": sft.run, "reward": reward.run, "ppo": ppo.run}
+COVER = [("cpu_ddp", "opt"), ("zero1", "gpt2"), ("zero2", "opt"), ("zero3", "gpt2"), ("zero3_offload", "opt")]
+PROCESSES = 2
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None,
+    reason="needs deepspeed, and g++ for its communication between CPU processes",
+)
+
+
+def command(strategy, *words, tmp_path=None):
+    """`accelerate launch` of a file of configs/accelerate with two processes, without a network port of its own."""
+    options = ["--config_file", f"configs/accelerate/{strategy}.yaml", "--num_processes", str(PROCESSES)]
+    if strategy.startswith("zero3"):
+        options += ["--deepspeed_config_file", nothing_stays_whole(strategy, tmp_path)]
+    return [tiny.program("accelerate"), "launch", *options, "--main_process_port", "0", *words]
+
+
+def nothing_stays_whole(strategy, tmp_path):
+    """The DeepSpeed file, but for models of some thousand weights: they are spread, and reduced in several buckets."""
+    values = json.loads((tiny.ROOT / f"configs/accelerate/deepspeed/{strategy}.json").read_text())
+    values["zero_optimization"] |= {
+        "stage3_param_persistence_threshold": 40,  # the norms stay whole, so that both kinds are there
+        "reduce_bucket_size": 5000,
+        "stage3_prefetch_bucket_size": 5000,
+        "stage3_max_live_parameters": 20000,
+        "stage3_max_reuse_distance": 20000,
+    }
+    path = tmp_path / f"{strategy}.json"
+    path.write_text(json.dumps(values))
+    return str(path)
+
+
+def variables(strategy):
+    return {"ACCELERATE_USE_CPU": "true"} if strategy == "cpu_ddp" else {"DS_ACCELERATOR": "cpu"}
+
+
+def stage_args(tmp_path, processes):
+    """Arguments of the stages, whose optimiser steps see the same items whatever the number of processes.
+
+    Clipping is on everywhere, SFT and RM accumulate, and nothing is a multiple of anything: rollouts of 9 episodes in minibatches
+    of 3, micro-batches of 1, and one held-out prompt, which leaves a process with none.
+    """
+    each = {"per_device_train_batch_size": 4 // processes // 2, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
+    each["adam_epsilon"] = 1e-5  # or Adam makes a whole step of a gradient that is rounding only
+    prompts = test_ppo.ppo_args(tmp_path).dataset_name
+    return {
+        "sft": tiny.sft_args(
+            tmp_path, tiny.demonstrations(12), max_steps=3, model_name_or_path="tiny/base/v1", resid_pdrop=0.0, **each
+        ),
+        "reward": tiny.reward_args(
+            tmp_path, tiny.comparisons(16), max_steps=3, model_name_or_path="tiny/sft/v1", eval_fraction=0.2, **each
+        ),
+        "ppo": test_ppo.ppo_args(
+            tmp_path,
+            dataset_name=prompts,
+            sft_model_path="tiny/sft/v1",
+            reward_model_path=["tiny/rm/v1"],
+            total_episodes=18,
+            batch_size=9,
+            num_mini_batches=3,
+            num_ppo_epochs=2,
+            per_device_train_batch_size=1,
+            per_device_ptx_batch_size=1,
+            ptx_ratio=1.0,
+            eval_fraction=0.3,
+            eval_episodes=1,
+            kl_target=1.0,
+            scale_scores=True,
+            ema_decay=0.9,
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process makes of the stages, once for each architecture."""
+    made = {}
+
+    def of(architecture):
+        if architecture not in made:
+            folder = tmp_path_factory.mktemp(f"alone_{architecture}")
+            test_ppo.stages(folder, architecture)
+            made[architecture] = {stage: RUN[stage](args) for stage, args in stage_args(folder, 1).items()}
+        return made[architecture]
+
+    return of
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize(("strategy", "architecture"), COVER)
+def test_two_processes_follow_one(tmp_path, alone, strategy, architecture):
+    registry = test_ppo.stages(tmp_path, architecture)
+    words = ["tests/launched.py"]
+    for stage, args in stage_args(tmp_path, PROCESSES).items():
+        words += [stage, tiny.write_config(tmp_path / f"{stage}.json", args)]
+    done = tiny.launch(command(strategy, *words, tmp_path=tmp_path), **variables(strategy))
+    assert done.returncode == 0, done.stderr[-9000:]
+    expected = alone(architecture)
+    kind = "deepspeed" if strategy.startswith("zero") else "multi_cpu"
+    for stage, one in expected.items():
+        two = registry.require(one.stage, "tiny")
+        assert two.version == one.version
+        assert two.manifest["device"].startswith("2 x cpu") and two.manifest["device"].lower().endswith(kind)
+        for part in ["", "critic", "ema"] if stage == "ppo" else [""]:
+            assert difference(one, two, part) < 2e-6, f"{stage} {part}"  # sums in another order, and nothing else
+        follows(tiny.history(one), tiny.history(two))
+    start, end = registry.get("tiny/sft/v1"), registry.require("ppo", "tiny")
+    assert tiny.largest_difference(start, end) > 1e-4
+    before, after = (
+        load_file(path / "model.safetensors") for path in (registry.get("tiny/rm/v1").path, end.path / "critic")
+    )
+    assert max((before[name] - after[name]).abs().max().item() for name in before) > 1e-4
+    held_out = [a.manifest["metrics"] for a in (expected["ppo"], end)]
+    assert held_out[1]["held_out_prompts"] == held_out[0]["held_out_prompts"] == 1
+    for name in ("sft_score", "ppo_score", "kl"):
+        assert held_out[1][name] == pytest.approx(held_out[0][name], abs=1e-4)
+        if name in held_out[0]["ema"]:
+            assert held_out[1]["ema"][name] == pytest.approx(held_out[0]["ema"][name], abs=1e-4)
+
+
+def difference(one, two, part):
+    """The largest difference between two versions' weights; both must name the same tensors."""
+    a, b = (load_file(artifact.path / part / "model.safetensors") for artifact in (one, two))
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def follows(one, two):
+    """Losses, norms, scores of each step are equal in four digits."""
+    names = (
+        "loss",
+        "grad_norm",
+        "objective/scores",
+        "objective/kl_k3",
+        "loss/policy",
+        "loss/value",
+        "loss/pretraining",
+    )
+    names += ("policy/grad_norm", "critic/grad_norm", "policy/ratio_max", "objective/kl_coef")
+    assert len(one) == len(two)
+    compared = 0
+    for a, b in zip(one, two):
+        for name in names:
+            if name in a:
+                assert float(b[name]) == pytest.approx(float(a[name]), rel=1e-3, abs=1e-5), name
+                compared += 1
+    assert compared
