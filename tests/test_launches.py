@@ -7,7 +7,10 @@ them takes longer than training.
 
 import importlib.util
 import json
+import os
 import shutil
+import signal
+import time
 
 import pytest
 import test_ppo
@@ -164,3 +167,76 @@ def follows(one, two):
                 assert float(b[name]) == pytest.approx(float(a[name]), rel=1e-3, abs=1e-5), name
                 compared += 1
     assert compared
+
+
+# ------------------------------------------------------------------------------------------------------- processes that fail
+
+
+def sum_of_places(prompts, completions, **columns):
+    """A rule; on process 1 its third call fails, in the way that FAIL names."""
+    if os.environ.get("RANK") == "1":
+        calls.append(1)
+        if len(calls) == 3 and os.environ.get("FAIL") == "raise":
+            raise ValueError("no opinion")
+        if len(calls) == 3 and os.environ.get("FAIL") == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+    return [sum(map(ord, text)) % 7 / 7 for text in completions]
+
+
+calls: list[int] = []
+
+
+def failing_run(tmp_path, **changes):
+    """Four rollouts whose reward is the rule above, with everything on that a checkpoint must carry."""
+    changes = {"eval_episodes": 0, "total_episodes": 24, "num_mini_batches": 2, "batch_size": 6, **changes}
+    return test_ppo.ppo_args(
+        tmp_path,
+        reward_model_path=[],
+        reward_functions=["test_launches:sum_of_places"],
+        critic_path="tiny/rm/v1",
+        kl_target=1.0,
+        scale_scores=True,
+        ema_decay=0.9,
+        **changes,
+    )
+
+
+def with_tests_on_the_path(**more):
+    return {"PYTHONPATH": os.pathsep.join([str(tiny.ROOT / "tests"), os.environ.get("PYTHONPATH", "")]), **more}
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_a_failure_on_one_process_ends_all_and_the_run_resumes_under_zero_3(tmp_path):
+    registry = test_ppo.stages(tmp_path)
+    args = failing_run(tmp_path)
+    alone = ppo.run(args)
+    config = tiny.write_config(tmp_path / "ppo.json", args, resume_from_checkpoint="latest")
+    words = command("zero3", "scripts/ppo.py", "--config", config, tmp_path=tmp_path)
+    failed = tiny.launch(words, **with_tests_on_the_path(**variables("zero3"), FAIL="raise"))
+    assert failed.returncode != 0
+    assert "error: [rank 1] reward function test_launches:sum_of_places raised ValueError: no opinion" in failed.stderr
+    assert "error: [rank 0] stopped because of process 1: reward function" in failed.stderr
+    (checkpoint,) = test_ppo.ppo_checkpoints(registry)
+    assert checkpoint.name == "checkpoint-2" and (checkpoint / "complete").exists()
+    assert sorted(path.name for path in checkpoint.glob("average*")) == [f"average-{r}.safetensors" for r in (0, 1)]
+    done = tiny.launch(words, **with_tests_on_the_path(**variables("zero3")))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resuming after rollout 2" in done.stderr
+    resumed = registry.require("ppo", "tiny")
+    assert resumed != alone and not tiny.left_over(registry, "ppo")
+    for part in ("", "critic", "ema"):
+        assert difference(alone, resumed, part) < 2e-6
+    follows(tiny.history(alone), tiny.history(resumed))
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_takes_the_others_with_it(tmp_path):
+    registry = test_ppo.stages(tmp_path)
+    config = tiny.write_config(tmp_path / "ppo.json", failing_run(tmp_path))
+    words = command("cpu_ddp", "scripts/ppo.py", "--config", config)
+    started = time.monotonic()
+    failed = tiny.launch(words, **with_tests_on_the_path(**variables("cpu_ddp"), FAIL="die"))
+    assert failed.returncode != 0 and time.monotonic() - started < 120
+    assert "exitcode  : -9" in failed.stderr  # the launcher says which process it was
+    assert not registry.list("tiny", "ppo")

@@ -266,9 +266,10 @@ def together(work: Callable[[], Any]) -> Any:
     except RLHFError as error:
         failure = error
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        failures = [text for text in gather_object([str(failure) if failure else ""]) if text]
-        if failures and failure is None:
-            raise EngineError(failures[0])
+        told = gather_object([str(failure) if failure else ""])
+        failed = [f"stopped because of process {rank}: {text}" for rank, text in enumerate(told) if text]
+        if failed and failure is None:
+            raise EngineError(failed[0])
     if failure is not None:
         raise failure
     return result
