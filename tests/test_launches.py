@@ -240,3 +240,14 @@ def test_a_process_that_dies_takes_the_others_with_it(tmp_path):
     assert failed.returncode != 0 and time.monotonic() - started < 120
     assert "exitcode  : -9" in failed.stderr  # the launcher says which process it was
     assert not registry.list("tiny", "ppo")
+
+
+@pytest.mark.slow
+def test_fsdp_without_a_gpu_is_one_line(tmp_path):
+    registry = tiny.published(tmp_path, "base")
+    config = tiny.write_config(tmp_path / "sft.json", tiny.sft_args(tmp_path))
+    failed = tiny.launch(command("fsdp2", "scripts/sft.py", "--config", config))
+    assert "exitcode  : 2" in failed.stderr and failed.returncode != 0  # the launcher's own status is 1
+    (line,) = [line for line in failed.stderr.splitlines() if line.startswith("error:")]
+    assert "FSDP is for CUDA" in line
+    assert not (registry.root / "tiny" / "sft").exists()
