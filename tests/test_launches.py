@@ -66,7 +66,15 @@ def stage_args(tmp_path, processes):
     prompts = test_ppo.ppo_args(tmp_path).dataset_name
     return {
         "sft": tiny.sft_args(
-            tmp_path, tiny.demonstrations(12), max_steps=3, model_name_or_path="tiny/base/v1", resid_pdrop=0.0, **each
+            tmp_path,
+            tiny.demonstrations(40),
+            max_steps=4,
+            model_name_or_path="tiny/base/v1",
+            resid_pdrop=0.0,
+            eval_fraction=0.3,
+            reward_model_path="tiny/rm/v1",  # chooses the epoch
+            response_length=6,
+            **each,
         ),
         "reward": tiny.reward_args(
             tmp_path, tiny.comparisons(16), max_steps=3, model_name_or_path="tiny/sft/v1", eval_fraction=0.2, **each

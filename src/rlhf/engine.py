@@ -163,23 +163,8 @@ class ZeroEngine(Engine):
 
                 deepspeed.zero.Init(module=model, config_dict_or_path=self.config)
 
-    @contextlib.contextmanager
-    def whole(self, model: Any) -> Iterator[None]:
-        """One gather for the whole block. DeepSpeed's hooks would release the weights again after each module's forward."""
-        if self.stage < 3 or model is None:
-            yield
-            return
-        with gathered(model.parameters()):
-            offload = self.zero.parameter_offload
-            for parameter in model.parameters():
-                getattr(parameter, "ds_active_sub_modules", set()).clear()
-            for hook in (*offload.forward_hooks, *offload.backward_hooks):
-                hook.remove()
-            offload.forward_hooks, offload.backward_hooks = [], []
-            try:
-                yield
-            finally:
-                offload._register_deepspeed_module(offload.module)
+    def whole(self, model: Any) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if model is None else whole(self.model, model)
 
     @property
     def sharded(self) -> bool:
@@ -222,10 +207,32 @@ def gathered(parameters: Iterable[Any], modify: bool = False) -> Iterator[None]:
         yield
 
 
-def settle(model: Any) -> None:
+@contextlib.contextmanager
+def whole(engine: Any, model: Any) -> Iterator[None]:
+    """`model` with all of its weights for the block, gathered once, for forwards outside of the engine's.
+
+    Under ZeRO 3 the engine's hooks are away meanwhile: they would release the weights again after each module's forward.
+    """
+    settle(engine)
+    offload = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
+    with gathered(model.parameters()):
+        if offload is None:
+            yield
+            return
+        for hook in (*offload.forward_hooks, *offload.backward_hooks):
+            hook.remove()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        try:
+            yield
+        finally:
+            offload._register_deepspeed_module(offload.module)
+
+
+def settle(engine: Any) -> None:
     """Ends what ZeRO 3 has fetched ahead for a forward that does not follow, so that weights can be gathered and written."""
-    if hasattr(getattr(model, "optimizer", None), "parameter_offload"):
-        model.empty_partition_cache()
+    offload = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
+    if offload is not None:
+        offload.partition_all_parameters()
 
 
 def state_dict(accelerator: Accelerator, model: Any) -> Any:
