@@ -5,11 +5,14 @@ with whole weights and one with spread ones. The stages of a launch share its pr
 them takes longer than training.
 """
 
+import functools
 import importlib.util
 import json
 import os
 import shutil
 import signal
+import socket
+import subprocess
 import time
 
 import pytest
@@ -259,3 +262,76 @@ def test_fsdp_without_a_gpu_is_one_line(tmp_path):
     (line,) = [line for line in failed.stderr.splitlines() if line.startswith("error:")]
     assert "FSDP is for CUDA" in line
     assert not (registry.root / "tiny" / "sft").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------- two hosts
+
+
+@pytest.fixture
+def hosts():
+    """Two hosts as words to start a command on each, and the address of the first: network namespaces joined by a cable.
+
+    Where namespaces are not allowed, both are this machine: two launchers that meet on the loopback.
+    """
+    names = [f"rlhf{os.getpid()}{side}" for side in "ab"]
+    cable = [f"r{os.getpid()}{side}" for side in "ab"]
+    run = functools.partial(subprocess.run, capture_output=True, check=True)
+    try:
+        for name in names:
+            run(["ip", "netns", "add", name])
+        run(["ip", "link", "add", cable[0], "type", "veth", "peer", "name", cable[1]])
+        for name, end, address in zip(names, cable, ("10.77.0.1/24", "10.77.0.2/24")):
+            run(["ip", "link", "set", end, "netns", name])
+            for words in (
+                ["addr", "add", address, "dev", end],
+                ["link", "set", end, "up"],
+                ["link", "set", "lo", "up"],
+            ):
+                run(["ip", "-n", name, *words])
+        yield (
+            [(["ip", "netns", "exec", name], {"GLOO_SOCKET_IFNAME": end}) for name, end in zip(names, cable)],
+            "10.77.0.1",
+        )
+    except (OSError, subprocess.CalledProcessError):
+        yield [([], {})] * 2, "127.0.0.1"
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def free_port():
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return opened.getsockname()[1]
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_two_hosts_train_one_model_under_zero_2(tmp_path, hosts, alone, record_property):
+    registry = test_ppo.stages(tmp_path)
+    places, address = hosts
+    record_property("hosts", address)
+    words = ["tests/launched.py"]
+    for stage, args in stage_args(tmp_path, PROCESSES).items():
+        if stage != "reward":
+            words += [stage, tiny.write_config(tmp_path / f"{stage}.json", args)]
+    options = ["--config_file", "configs/accelerate/multinode.yaml", "--num_machines", "2", "--num_processes", "2"]
+    options += ["--deepspeed_config_file", "configs/accelerate/deepspeed/zero2.json", "--zero3_init_flag", "false"]
+    options += ["--main_process_ip", address, "--main_process_port", str(free_port())]
+    started = [
+        subprocess.Popen(
+            [*place, tiny.program("accelerate"), "launch", *options, "--machine_rank", str(rank), *words],
+            cwd=tiny.ROOT,
+            env=tiny.environment(**variables("zero2"), **more),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank, (place, more) in enumerate(places)
+    ]
+    said = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], "\n".join(text[-3000:] for text in said)
+    for stage in ("sft", "ppo"):
+        two = registry.require(stage, "tiny")
+        assert two.manifest["device"].startswith("2 x cpu")
+        assert difference(alone("gpt2")[stage], two, "") < 2e-6
