@@ -5,10 +5,11 @@
 
 The model and the batches are the demo's (configs/*/demo.yaml): a GPT-2 of two layers by 128 with 640 tokens; 16 demonstrations,
 16 prompts with 4 to 9 ranked completions, 256 episodes in 8 optimiser steps. Texts are random words with the demo's lengths, the
-weights are random: what is learned does not matter to the time. The global batch is the same everywhere, and so are the
-threads: one process has as many as the two have together. Start-up and the first steps of each stage are left out; launches alternate, so that
-what else the machine does falls on all; the table has the median over the steps of all rounds. --profile prints where the first
-process of each launch spent its time.
+weights are random: what is learned does not matter to the time.
+
+The global batch is the same everywhere, and so are the threads: one process has as many as the two have together. Start-up and
+the first steps of each stage are left out. Launches alternate, so that what else the machine does falls on all; the table has the
+median over the steps of all rounds. --profile prints where the first process of each launch spent its time.
 """
 
 import argparse

@@ -21,6 +21,9 @@ import tiny
 from safetensors.torch import load_file
 
 from rlhf import ppo, reward, sft
+from rlhf.planning.memory import Job, Setup
+from rlhf.planning.search import launch_command
+from rlhf.planning.shapes import BUILT_IN
 
 RUN = {"sft": sft.run, "reward": reward.run, "ppo": ppo.run}
 COVER = [("cpu_ddp", "opt"), ("zero1", "gpt2"), ("zero2", "opt"), ("zero3", "gpt2"), ("zero3_offload", "opt")]
@@ -315,12 +318,14 @@ def test_two_hosts_train_one_model_under_zero_2(tmp_path, hosts, alone, record_p
     for stage, args in stage_args(tmp_path, PROCESSES).items():
         if stage != "reward":
             words += [stage, tiny.write_config(tmp_path / f"{stage}.json", args)]
-    options = ["--config_file", "configs/accelerate/multinode.yaml", "--num_machines", "2", "--num_processes", "2"]
-    options += ["--deepspeed_config_file", "configs/accelerate/deepspeed/zero2.json", "--zero3_init_flag", "false"]
-    options += ["--main_process_ip", address, "--main_process_port", str(free_port())]
+    # The launch that `rlhf plan` prints for two machines, its capitals filled in.
+    job = Job(model=BUILT_IN["gpt2"], reward=BUILT_IN["gpt2"], gpus=2, per_node=1)
+    planned = launch_command("ppo", job, Setup("zero2"), 1).partition(" scripts/ppo.py")[0].split()[1:]
+    filled = {"FIRST_MACHINE": address, "29500": str(free_port())}
+    planned = [filled.get(word, word) for word in planned]
     started = [
         subprocess.Popen(
-            [*place, tiny.program("accelerate"), "launch", *options, "--machine_rank", str(rank), *words],
+            [*place, tiny.program("accelerate"), *(str(rank) if w == "MACHINE" else w for w in planned), *words],
             cwd=tiny.ROOT,
             env=tiny.environment(**variables("zero2"), **more),
             stdout=subprocess.PIPE,
