@@ -1,6 +1,8 @@
 """What a launch asks of the machine, and what is said when its memory does not do."""
 
+import os
 import sys
+import time
 
 import pytest
 import test_ppo
@@ -40,6 +42,20 @@ def test_a_launch_that_cannot_work_is_refused(monkeypatch, gpus, environment, sa
         with pytest.raises(LaunchError, match=says) as caught:
             check_launch()
         assert "\n" not in str(caught.value)
+
+
+def test_a_lock_that_a_killed_launch_left_is_refused_and_a_new_one_told(monkeypatch, tmp_path, capsys):
+    lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    check_launch()
+    lock.touch()
+    check_launch()
+    assert f"waiting for {lock}" in capsys.readouterr().err
+    os.utime(lock, (time.time() - 3600,) * 2)
+    with pytest.raises(LaunchError, match=r"lock 60 minutes ago; DeepSpeed would wait for it forever: remove it$"):
+        check_launch()
 
 
 def test_errors_of_memory_are_told_from_others():

@@ -310,10 +310,9 @@ def free_port():
 
 @pytest.mark.slow
 @needs_deepspeed
-def test_two_hosts_train_one_model_under_zero_2(tmp_path, hosts, alone, record_property):
+def test_two_hosts_train_one_model_under_zero_2(tmp_path, hosts, alone):
     registry = test_ppo.stages(tmp_path)
     places, address = hosts
-    record_property("hosts", address)
     words = ["tests/launched.py"]
     for stage, args in stage_args(tmp_path, PROCESSES).items():
         if stage != "reward":
@@ -334,7 +333,11 @@ def test_two_hosts_train_one_model_under_zero_2(tmp_path, hosts, alone, record_p
         )
         for rank, (place, more) in enumerate(places)
     ]
-    said = [process.communicate(timeout=300)[0] for process in started]
+    try:
+        said = [process.communicate(timeout=300)[0] for process in started]
+    finally:
+        for process in started:
+            process.terminate()  # the launcher ends what it has started
     assert [process.returncode for process in started] == [0, 0], "\n".join(text[-3000:] for text in said)
     for stage in ("sft", "ppo"):
         two = registry.require(stage, "tiny")

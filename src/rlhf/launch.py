@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
+from pathlib import Path
 
 from rlhf import RLHFError
 
 TRUE = ("1", "true", "yes", "on")
+LONGEST_COMPILATION = 15  # minutes; four were the most that was seen
 
 
 class LaunchError(RLHFError):
@@ -39,6 +43,27 @@ def check_launch() -> None:
             f"{world} processes were launched for as many GPUs, and there is none; they would not synchronise. On CPUs: "
             "ACCELERATE_USE_CPU=true accelerate launch --config_file configs/accelerate/cpu_ddp.yaml"
         )
+
+    if deepspeed:
+        refuse_stale_locks()
+
+
+def refuse_stale_locks() -> None:
+    """Refuses to wait for a compiler that is not there any more: torch waits for a lock file as long as it exists.
+
+    DeepSpeed compiles its extensions at its first start under such a lock; a launch that is killed then leaves it behind.
+    """
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    for lock in sorted({*root.glob("*/lock"), *root.glob("*/*/lock")}):
+        minutes = (time.time() - lock.stat().st_mtime) / 60
+        if minutes > LONGEST_COMPILATION:
+            raise LaunchError(
+                f"a launch that was killed left {lock} {minutes:.0f} minutes ago; DeepSpeed would wait for it forever: remove it"
+            )
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(
+                f"waiting for {lock}: DeepSpeed is compiled elsewhere; if it is not, remove the file", file=sys.stderr
+            )
 
 
 def _is_set(name: str) -> bool:
