@@ -36,6 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2, help="of a launch, over all of its processes")
+    parser.add_argument("--episodes", type=int, default=256, help="of a PPO rollout, in 8 optimiser steps")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--launches", nargs="+", choices=LAUNCHES, default=list(LAUNCHES))
     parser.add_argument("--profile", action="store_true")
@@ -44,7 +45,7 @@ def main() -> None:
     if args.child:
         return child(args, *map(Path, args.child))
     with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder))
+        prepare(Path(folder), args.episodes)
         seconds: dict[tuple[str, str], list[float]] = {}
         load = [os.getloadavg()[0]]
         for number in range(args.rounds):
@@ -59,7 +60,9 @@ def main() -> None:
 
 
 def show(args: argparse.Namespace, seconds: dict[tuple[str, str], list[float]], load: list[float]) -> None:
-    print(f"milliseconds a step (a rollout with its 8 steps in PPO), median; {args.threads} threads in each launch;")
+    print(
+        f"milliseconds a step (a rollout of {args.episodes} with its 8 steps in PPO), median; {args.threads} threads in each launch;"
+    )
     print(f"{args.rounds} rounds; load average {min(load):.1f} to {max(load):.1f} on {os.cpu_count()} cores")
     print(f"{'':8}" + "".join(f"{name:>16}" for name in args.launches))
     for stage in args.stages:
@@ -134,7 +137,7 @@ def timed(report, moments):
 # ------------------------------------------------------------------------------------------------------ what they work on
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, episodes: int) -> None:
     """Data, base, sft and rm of random weights for each launch's registry, and the stages' configs."""
     import torch
 
@@ -170,7 +173,8 @@ def prepare(folder: Path) -> None:
         "ppo": {
             "sft_model_path": str(folder / "sft"),
             "reward_model_path": [str(folder / "rm")],
-            "total_episodes": 256 * 3,
+            "total_episodes": 3 * episodes,
+            "batch_size": episodes,
             "eval_episodes": 0,
             "kl_budget": None,
             "ptx_dataset_name": str(folder / "base.jsonl"),
