@@ -60,9 +60,8 @@ def main() -> None:
 
 
 def show(args: argparse.Namespace, seconds: dict[tuple[str, str], list[float]], load: list[float]) -> None:
-    print(
-        f"milliseconds a step (a rollout of {args.episodes} with its 8 steps in PPO), median; {args.threads} threads in each launch;"
-    )
+    print(f"milliseconds a step (PPO: a rollout of {args.episodes} episodes with its 8 steps), median;")
+    print(f"{args.threads} threads in each launch;", end=" ")
     print(f"{args.rounds} rounds; load average {min(load):.1f} to {max(load):.1f} on {os.cpu_count()} cores")
     print(f"{'':8}" + "".join(f"{name:>16}" for name in args.launches))
     for stage in args.stages:
