@@ -28,6 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf import RLHFError, adapters
 from rlhf.bases import Start, loading_quantized, quantization, start_of
+from rlhf.engine import gathered
 from rlhf.objectives import token_logprobs
 from rlhf.unembed import logprobs, low_precision_of
 
@@ -127,8 +128,9 @@ def load_scalar_model(
             f"{path} has no scalar head (score.weight); give the folder of a reward model, as `make rm` writes it"
         )
     if new_head:
-        width = model.score.weight.shape[-1]
-        nn.init.normal_(model.score.weight, std=1 / math.sqrt(width + 1))
+        with gathered([model.score.weight], modify=True):
+            width = model.score.weight.shape[-1]
+            nn.init.normal_(model.score.weight, std=1 / math.sqrt(width + 1))
     if start.reward_bias:
         model.config.reward_bias = start.reward_bias
     return adapters.attach(model, start, peft, task="SEQ_CLS", also=_head_modules(model), trainable=trainable)
@@ -278,10 +280,10 @@ def fit_vocabulary(model: Any, tokenizer: Any) -> None:
     needed = 1 + max(tokenizer.get_vocab().values())  # not len(tokenizer): ids may have holes
     if needed > rows:
         model.resize_token_embeddings(needed, mean_resizing=False)
-        with torch.no_grad():
-            for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
-                if embedding is not None:
-                    embedding.weight[rows:] = embedding.weight[:rows].mean(dim=0)
+        embeddings = [e for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None]
+        with torch.no_grad(), gathered([e.weight for e in embeddings], modify=True):
+            for embedding in embeddings:
+                embedding.weight[rows:] = embedding.weight[:rows].mean(dim=0)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
     if getattr(model, "generation_config", None) is not None:
@@ -396,6 +398,11 @@ def add_reward_bias(model: Any, bias: float) -> str:
     w·(h + b·w/|w|²) = w·h + b. Models whose last norm has none (RMSNorm) get `reward_bias` in the config, which only we apply.
     """
     model = adapters.plain(model)
+    with gathered(model.parameters(), modify=True):
+        return _add_reward_bias(model, bias)
+
+
+def _add_reward_bias(model: Any, bias: float) -> str:
     weight = model.score.weight.detach().float().reshape(-1)
     norm, projection = _last_norm(model)
     norm = adapters.trained(norm)

@@ -30,6 +30,7 @@ from rlhf import adapters, reward_report, shared_prompt
 from rlhf.config import RewardArgs
 from rlhf.data import fingerprint, load
 from rlhf.data.encode import batches, encode_completions, encode_prompts, pad
+from rlhf.engine import settle
 from rlhf.evaluation import ranking_metrics
 from rlhf.models import (
     add_head,
@@ -411,6 +412,7 @@ def demonstration_rows(args: RewardArgs, tokenizer: Any, comparisons: Dataset, l
 def centre_on_demonstrations(trainer: RewardTrainer, rows: Sequence[list[int]]) -> dict[str, Any]:
     """Adds the constant that makes demonstrations score 0 on average; says where it is kept."""
     before = score_rows(scored_by_trainer(trainer), rows)
+    settle(trainer.model_wrapped)
     place = add_reward_bias(trainer.accelerator.unwrap_model(trainer.model), -float(before.mean()))
     std = float(before.std(unbiased=False))
     return {"bias": -float(before.mean()), "bias_kept_in": place, "demonstrations_std": std}
