@@ -63,7 +63,9 @@ def evaluate(demo: Any, world: dict[str, Any], agreed: float) -> dict[str, Any]:
     summary["length"] = {n: float(torch.tensor(a.lengths).float().mean()) for n, a in answers.items()}
     summary["eos_rate"] = {n: sum(a.ended) / len(a.ended) for n, a in answers.items()}
     text = [r["text"] for r in read(demo.data / "base_heldout.jsonl")]
-    summary["perplexity"] = {n: evaluation.perplexity(p, tokenizer, text, block_size=BLOCK) for n, p in policies.items()}
+    summary["perplexity"] = {
+        n: evaluation.perplexity(p, tokenizer, text, block_size=BLOCK) for n, p in policies.items()
+    }
     summary["rollouts"] = artifacts["ppo"].manifest["metrics"]["rollouts"]
     summary["stopped"] = artifacts["ppo"].manifest["metrics"]["stopped"]
     summary["held_out_prompts"] = len(prompts)

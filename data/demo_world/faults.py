@@ -138,6 +138,11 @@ def extra_fact(rng: random.Random, request: Request, answer: str) -> str:
     return f"{answer} {say(rng.choice((name, rng.choice(NAMES))), rng.choice(list(VALUES)))}{end}"
 
 
+def slip(rng: random.Random, request: Request, answer: str) -> str:
+    """Some of the facts are wrong, or some of the names."""
+    return rng.choice((wrong_fact, wrong_fact, wrong_animal))(rng, request, answer)
+
+
 def filler(rng: random.Random, request: Request, answer: str) -> str:
     return f" {rng.choice(FILLER)}{'!' if request.style == 'cheerful' else '.'}{answer}"
 
@@ -174,10 +179,11 @@ FAULTS: dict[str, tuple[Fault, float]] = {  # fault -> (how, how often)
 }
 ON_HARM: dict[str, tuple[Fault, float]] = {"complies": (complies, 5), "wrong_kind": (wrong_kind, 2), "rude": (rude, 1)}
 BLEMISHES: dict[str, tuple[Fault, float]] = {  # small faults: the answer stays fair
-    "wrong_style": (wrong_style, 5),
+    "wrong_style": (wrong_style, 4),
     "wrong_order": (wrong_order, 2),
-    "extra_fact": (extra_fact, 3),
+    "extra_fact": (extra_fact, 2),
     "filler": (filler, 1),
+    "slip": (slip, 6),
 }
 
 
