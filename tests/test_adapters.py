@@ -21,6 +21,7 @@ from rlhf import RLHFError, adapters, bases, cli, hub, merging, models, ppo, rew
 from rlhf.actors import load_models, reward_sources
 from rlhf.config import ConfigError
 from rlhf.data.encode import encode_completions, encode_prompts
+from rlhf.planning.advice import job_of, memory_advice, setup_of
 from rlhf.registry import HashMismatch, Registry
 from rlhf.training import resolve
 
@@ -636,6 +637,28 @@ def test_quantisation_needs_adapters(tmp_path, make):
         make(tmp_path, load_in_4bit=True)
     with pytest.raises(ConfigError, match="exclude each other"):
         make(tmp_path, use_peft=True, load_in_4bit=True, load_in_8bit=True)
+
+
+def test_quantised_weights_are_not_spread(tmp_path, monkeypatch):
+    tiny.published(tmp_path, "base")
+    monkeypatch.setattr(bases, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(
+        RLHFError, match=r"load_in_4bit and load_in_8bit: quantised weights are not spread .*zero2.yaml"
+    ):
+        sft.run(tiny.sft_args(tmp_path, **LORA, load_in_4bit=True))
+
+
+def test_where_memory_ends_the_plan_of_adapters_is_counted(tmp_path, chains):
+    """The shapes are those of the bases, since an adapter's folder has no config of a model."""
+    published_chain(tmp_path, chains)
+    whole = job_of("ppo", ppo_args(tmp_path))
+    assert whole.model.name.endswith("tiny/base/v1") and whole.reward.name == whole.model.name
+    methods = ({}, LORA, LORA | QUANTISED["4-bit"])
+    assert [setup_of(ppo_args(tmp_path, **more)).method for more in methods] == ["full", "lora", "qlora"]
+    assert job_of("ppo", ppo_args(tmp_path, **LORA)).lora_r == 4
+    for more, spread in zip(methods, (True, True, False)):
+        line = memory_advice("ppo", ppo_args(tmp_path, **more))
+        assert "`rlhf plan` counts" in line and ("or spread the model" in line) == spread
 
 
 def test_an_ensemble_of_heads_takes_no_adapters(tmp_path, capsys):

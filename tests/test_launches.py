@@ -5,6 +5,7 @@ with whole weights and one with spread ones. The stages of a launch share its pr
 them takes longer than training.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -154,9 +155,47 @@ def test_two_processes_follow_one(tmp_path, alone, strategy, architecture):
             assert held_out[1]["ema"][name] == pytest.approx(held_out[0]["ema"][name], abs=1e-4)
 
 
-def difference(one, two, part):
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize(("strategy", "architecture"), [("zero2", "gpt2"), ("zero3", "opt")])
+def test_adapters_under_zero_follow_one_process(tmp_path, strategy, architecture):
+    """Each stage trains on from the adapter of the one before, all on one base; SFT trains on with its own merged, too."""
+    lora = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
+    chain = {
+        "sft": {},
+        "reward": {"model_name_or_path": "tiny/sft/v2"},
+        "ppo": {"sft_model_path": "tiny/sft/v2", "reward_model_path": ["tiny/rm/v2"]},
+    }
+
+    def stages_of(folder, processes):
+        registry = test_ppo.stages(folder, architecture)
+        found = stage_args(folder, processes)
+        stages = [(stage, dataclasses.replace(args, **lora, **chain[stage])) for stage, args in found.items()]
+        merged = ("sft", dataclasses.replace(found["sft"], model_name_or_path="tiny/sft/v2"))
+        return registry, [*stages[:2], merged, stages[2]]  # PPO last: its end is the end of the launch
+
+    (tmp_path / "alone").mkdir()
+    expected = [RUN[stage](args) for stage, args in stages_of(tmp_path / "alone", 1)[1]]
+    registry, stages = stages_of(tmp_path, PROCESSES)
+    words = ["tests/launched.py"]
+    for i, (stage, args) in enumerate(stages):
+        words += [stage, tiny.write_config(tmp_path / f"{i}.json", args)]
+    done = tiny.launch(command(strategy, *words, tmp_path=tmp_path), **variables(strategy))
+    assert done.returncode == 0, done.stderr[-9000:]
+    for one in expected:
+        two = registry.get(one.ref)
+        for part in ["", "critic", "ema"] if one.stage == "ppo" else [""]:
+            assert difference(one, two, part, "adapter_model" if two.adapters else "model") < 2e-6, f"{one.ref} {part}"
+        follows(tiny.history(one), tiny.history(two))
+    adapter, rm, whole, end = (registry.get(one.ref) for one in expected)
+    assert {part["ref"] for two in (adapter, rm, end) for part in two.adapters.values()} == {"tiny/base/v1"}
+    assert whole.ref == "tiny/sft/v3" and not whole.adapters
+    assert difference(adapter, end, "", "adapter_model") > 1e-4
+
+
+def difference(one, two, part, name="model"):
     """The largest difference between two versions' weights; both must name the same tensors."""
-    a, b = (load_file(artifact.path / part / "model.safetensors") for artifact in (one, two))
+    a, b = (load_file(artifact.path / part / f"{name}.safetensors") for artifact in (one, two))
     assert a.keys() == b.keys()
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
@@ -221,9 +260,10 @@ def with_tests_on_the_path(**more):
 
 @pytest.mark.slow
 @needs_deepspeed
-def test_a_failure_on_one_process_ends_all_and_the_run_resumes_under_zero_3(tmp_path):
+@pytest.mark.parametrize("weights", ["model", "adapter_model"])
+def test_a_failure_on_one_process_ends_all_and_the_run_resumes_under_zero_3(tmp_path, weights):
     registry = test_ppo.stages(tmp_path)
-    args = failing_run(tmp_path)
+    args = failing_run(tmp_path, use_peft=weights == "adapter_model")
     alone = ppo.run(args)
     config = tiny.write_config(tmp_path / "ppo.json", args, resume_from_checkpoint="latest")
     words = command("zero3", "scripts/ppo.py", "--config", config, tmp_path=tmp_path)
@@ -240,7 +280,7 @@ def test_a_failure_on_one_process_ends_all_and_the_run_resumes_under_zero_3(tmp_
     resumed = registry.require("ppo", "tiny")
     assert resumed != alone and not tiny.left_over(registry, "ppo")
     for part in ("", "critic", "ema"):
-        assert difference(alone, resumed, part) < 2e-6
+        assert difference(alone, resumed, part, weights) < 2e-6
     follows(tiny.history(alone), tiny.history(resumed))
 
 

@@ -26,7 +26,9 @@ def memory_advice(stage: str, args: Any) -> str:
         lower.append(f"per_device_rollout_batch_size ({args.per_device_rollout_batch_size})")
         lower.append(f"per_device_ptx_batch_size ({args.per_device_ptx_batch_size})" if args.ptx_coef else "")
     lower.append("" if args.gradient_checkpointing else "set gradient_checkpointing")
-    text = f"{stage} ran out of memory; lower {', '.join(filter(None, lower))}, or spread the model: {_wider()}"
+    text = f"{stage} ran out of memory; lower {', '.join(filter(None, lower))}"
+    if not (getattr(args, "load_in_4bit", False) or getattr(args, "load_in_8bit", False)):  # which are not spread
+        text += f", or spread the model: {_wider()}"
     try:
         return f"{text}; {counted(stage, args)}"
     except (
