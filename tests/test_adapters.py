@@ -205,6 +205,23 @@ def test_rlhf_eval_reads_an_adapter_that_early_stopping_chose(tmp_path, chains, 
         assert opened["scores"][name] == pytest.approx(found, abs=1e-5), name
 
 
+def test_deepspeed_may_make_whole_trained_modules_16_bit(chains):
+    """Head and norm stand in float32 on a 16-bit base; DeepSpeed makes them 16-bit, with a float32 copy in its optimiser."""
+    artifact = chains["gpt2"].require("sft", "tiny")
+    tokenizer = models.load_tokenizer(artifact.path)
+    args = tiny.reward_args(chains["gpt2"].root.parent, **LORA)
+    model = models.load_scalar_model(artifact.path, tokenizer, new_head=True, peft=args, dtype="bfloat16").eval()
+    head = adapters.trained(adapters.plain(model).score)
+    ids = torch.tensor([ROWS[2]])
+    everything = torch.ones_like(ids, dtype=torch.bool)
+    assert head.weight.dtype == torch.float32
+    with torch.no_grad():
+        before = models.values_at(model, ids, everything, everything)
+        torch.nn.Module.to(model, torch.bfloat16)
+        assert head.weight.dtype == torch.bfloat16
+        assert_close(models.values_at(model, ids, everything, everything), before, rtol=0, atol=0.05)
+
+
 def test_stages_without_use_peft_train_the_merged_weights(tmp_path, chains):
     registry = published_chain(tmp_path, chains)
     rm = reward.run(tiny.reward_args(tmp_path))

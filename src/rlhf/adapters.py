@@ -154,9 +154,15 @@ def _train_in_float32(model: nn.Module) -> None:
         if copied is module or all(p.dtype == torch.float32 for p in copied.parameters()):
             continue
         copied.float()
-        copied.register_forward_pre_hook(lambda module, inputs: tuple(x.float() for x in inputs))
+        copied.register_forward_pre_hook(_in_own_dtype)
         if not name.endswith("score"):  # whose output is the value itself
             copied.register_forward_hook(lambda module, inputs, output: output.to(dtype))
+
+
+def _in_own_dtype(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What goes into a module that is trained whole, in its own dtype: float32, or what DeepSpeed has made of it meanwhile."""
+    dtype = next(module.parameters()).dtype
+    return tuple(x.to(dtype) for x in inputs)
 
 
 def linear_modules(model: nn.Module) -> list[str]:
