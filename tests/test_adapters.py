@@ -21,6 +21,7 @@ from rlhf import RLHFError, adapters, bases, cli, hub, merging, models, ppo, rew
 from rlhf.actors import load_models, reward_sources
 from rlhf.config import ConfigError
 from rlhf.data.encode import encode_completions, encode_prompts
+from rlhf.planning.advice import job_of, memory_advice, setup_of
 from rlhf.registry import HashMismatch, Registry
 from rlhf.training import resolve
 
@@ -185,6 +186,40 @@ def test_a_reward_model_starts_from_the_sft_adapter(chains, architecture):
     with torch.no_grad():
         assert_close(models.hidden_states(whole, ids, torch.ones_like(ids)), theirs, rtol=0, atol=1e-5)
     assert all(p.requires_grad for p in whole.parameters())
+
+
+def test_rlhf_eval_reads_an_adapter_that_early_stopping_chose(tmp_path, chains, capsys):
+    """Its scores, from the files, are those that training saw: adapter, head, norm and the attention of shared prompts."""
+    registry = published_chain(tmp_path, chains)
+    settings = {"eval_fraction": 0.3, "early_stopping_patience": 1, "num_train_epochs": 3, "max_steps": -1, **LORA}
+    artifact = reward.run(tiny.reward_args(tmp_path, tiny.comparisons(30), **settings))
+    said = registry.evals_dir(artifact) / "rm.json"
+    trained = json.loads(said.read_text())
+    seen = [line["eval_accuracy"] for line in tiny.history(artifact) if "eval_accuracy" in line]
+    assert artifact.adapters and artifact.manifest["metrics"]["accuracy"] == pytest.approx(max(seen), abs=1e-6)
+    said.unlink()
+    assert cli.main(["eval", "tiny/rm", "--root", str(registry.root)]) == 0
+    opened = json.loads(said.read_text())
+    assert opened["accuracy"] == trained["accuracy"]
+    for name, found in trained["scores"].items():
+        assert opened["scores"][name] == pytest.approx(found, abs=1e-5), name
+
+
+def test_deepspeed_may_make_whole_trained_modules_16_bit(chains):
+    """Head and norm stand in float32 on a 16-bit base; DeepSpeed makes them 16-bit, with a float32 copy in its optimiser."""
+    artifact = chains["gpt2"].require("sft", "tiny")
+    tokenizer = models.load_tokenizer(artifact.path)
+    args = tiny.reward_args(chains["gpt2"].root.parent, **LORA)
+    model = models.load_scalar_model(artifact.path, tokenizer, new_head=True, peft=args, dtype="bfloat16").eval()
+    head = adapters.trained(adapters.plain(model).score)
+    ids = torch.tensor([ROWS[2]])
+    everything = torch.ones_like(ids, dtype=torch.bool)
+    assert head.weight.dtype == torch.float32
+    with torch.no_grad():
+        before = models.values_at(model, ids, everything, everything)
+        torch.nn.Module.to(model, torch.bfloat16)
+        assert head.weight.dtype == torch.bfloat16
+        assert_close(models.values_at(model, ids, everything, everything), before, rtol=0, atol=0.05)
 
 
 def test_stages_without_use_peft_train_the_merged_weights(tmp_path, chains):
@@ -619,6 +654,38 @@ def test_quantisation_needs_adapters(tmp_path, make):
         make(tmp_path, load_in_4bit=True)
     with pytest.raises(ConfigError, match="exclude each other"):
         make(tmp_path, use_peft=True, load_in_4bit=True, load_in_8bit=True)
+
+
+def test_quantised_weights_are_not_spread(tmp_path, monkeypatch):
+    tiny.published(tmp_path, "base")
+    monkeypatch.setattr(bases, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(
+        RLHFError, match=r"load_in_4bit and load_in_8bit: quantised weights are not spread .*zero2.yaml"
+    ):
+        sft.run(tiny.sft_args(tmp_path, **LORA, load_in_4bit=True))
+
+
+def test_where_memory_ends_the_plan_of_adapters_is_counted(tmp_path, chains):
+    """The shapes are those of the bases, since an adapter's folder has no config of a model."""
+    published_chain(tmp_path, chains)
+    whole = job_of("ppo", ppo_args(tmp_path))
+    assert whole.model.name.endswith("tiny/base/v1") and whole.reward.name == whole.model.name
+    methods = ({}, LORA, LORA | QUANTISED["4-bit"])
+    assert [setup_of(ppo_args(tmp_path, **more)).method for more in methods] == ["full", "lora", "qlora"]
+    assert job_of("ppo", ppo_args(tmp_path, **LORA)).lora_r == 4
+    for more, spread in zip(methods, (True, True, False)):
+        line = memory_advice("ppo", ppo_args(tmp_path, **more))
+        assert "`rlhf plan` counts" in line and ("or spread the model" in line) == spread
+
+
+def test_an_ensemble_of_heads_takes_no_adapters(tmp_path, capsys):
+    told = "heads: an ensemble of heads is trained without adapters; set heads to 1, or use_peft off"
+    with pytest.raises(ConfigError, match=told):
+        tiny.reward_args(tmp_path, use_peft=True, heads=2)
+    with pytest.raises(SystemExit) as stop:
+        cli.run_stage("reward", ["--heads", "2", "--use_peft", "true", "--output_dir", str(tmp_path / "runs")])
+    assert stop.value.code == 2 and capsys.readouterr().err == f"error: {told}\n"
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("changes", [LORA | QUANTISED["8-bit"], {"optim": "paged_adamw_8bit"}])

@@ -268,7 +268,9 @@ def test_a_stage_error_is_one_line_with_status_2():
     assert (process.stdout, process.stderr) == ("reward ['--lr', '1']\n", "error: no sft in run x\n")
     assert process.returncode == 2
     assert run_stage("RLHFError('x')", WORLD_SIZE="1", RANK="0").stderr == "error: x\n"
-    assert run_stage("RLHFError('x')", WORLD_SIZE="2", RANK="1").stderr == "error: [rank 1] x\n"
+    assert (
+        run_stage("RLHFError('x')", WORLD_SIZE="2", RANK="1", ACCELERATE_USE_CPU="true").stderr == "error: [rank 1] x\n"
+    )
 
 
 def test_other_errors_of_a_stage_keep_their_traceback():

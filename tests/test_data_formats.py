@@ -280,14 +280,14 @@ CASES = [
         (
             "tulu1-pairs",
             {"prompt": "a", "completion_a": "b", "completion_b": "c", "preference": grade},
-            [ranked("a", "b", "c", ranks=ranks)],
+            [{**ranked("a", "b", "c", ranks=ranks), "ratings": ratings}],
         )
-        for grade, ranks in (
-            ("a-is-better", [1, 2]),
-            ("a-is-slightly-better", [1, 2]),
-            ("tie", [1, 1]),
-            ("b-is-slightly-better", [2, 1]),
-            ("b-is-better", [2, 1]),
+        for grade, ranks, ratings in (
+            ("a-is-better", [1, 2], [2.0, 0.0]),
+            ("a-is-slightly-better", [1, 2], [1.0, 0.0]),
+            ("tie", [1, 1], [0.0, 0.0]),
+            ("b-is-slightly-better", [2, 1], [0.0, 1.0]),
+            ("b-is-better", [2, 1], [0.0, 2.0]),
         )
     ),
     (

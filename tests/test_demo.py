@@ -26,6 +26,7 @@ FIGURES = {
     "rm_accuracy",
     "length_accuracy",
     "bag_of_words_accuracy",
+    "cleaning",
     "labeler_agreement",
     "win_rate",
     "win_rate_ci95",
@@ -53,9 +54,9 @@ def test_the_demo_runs_from_nothing_to_a_summary(tmp_path, capfd):
     assert json.loads((tmp_path / "demo" / "summary.json").read_text()) == json.loads(json.dumps(summary))
     assert summary.keys() >= FIGURES
     assert {g: v["prompts"] for g, v in summary["win_rate_by_group"].items()} == {
-        "familiar": 600,
-        "held_out_fact": 200,
-        "held_out_phrasing": 200,
+        "familiar": 800,
+        "held_out_fact": 100,
+        "held_out_phrasing": 100,
     }
     assert summary["scores"]["best"]["utility"] == pytest.approx(1)
     registry = Registry(tmp_path)

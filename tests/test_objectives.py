@@ -110,6 +110,12 @@ def test_signatures_are_the_contract():
         "masked_whiten": "x mask moments=None",
         "masked_scale": "x mask moments=None",
         "ranking_loss": "rewards ranks prompt_index count=None",
+        "ordered_pairs": "ranks prompt_index",
+        "ordered_and_tied_pairs": "ranks prompt_index",
+        "smoothed_pairs": "targets smoothing",
+        "rating_margins": "ratings scale",
+        "pairwise_ranking_loss": "rewards targets prompt_index margins=None count=None",
+        "centring_penalty": "rewards targets prompt_index count=None",
         "kl_penalty": "logp logp_ref kind='k1'",
         "shaped_rewards": "scores kl mask kl_coef",
         "gae": "rewards values mask gamma=1.0 lam=0.95",
@@ -417,6 +423,127 @@ def test_ranking_loss_of_64_prompts_of_9():
     rewards, ranks, prompts = ranking_batch(0, prompts=64, K=9)
     expected = naive_ranking_loss(rewards.tolist(), ranks.tolist(), prompts.tolist())
     close(ob.ranking_loss(rewards, ranks, prompts), expected, atol=1e-12)
+
+
+# --- other losses on pairs
+
+
+def all_pairs(ranks, prompts):
+    return ob.ordered_pairs(torch.tensor(ranks), torch.tensor(prompts))
+
+
+def test_targets_by_hand():
+    # prompt 0: ranks 1, 2, 2; prompt 1: ranks 3, 3; a padded completion of prompt 1
+    ranks, prompts = torch.tensor([1, 2, 2, 3, 3, -100]), torch.tensor([0, 0, 0, 1, 1, 1])
+    strict = [[0, 1, 1, 0, 0, 0], *[[0] * 6] * 5]
+    close(ob.ordered_pairs(ranks, prompts), T(strict), atol=0)
+    tied = [[0, 1, 1, 0, 0, 0], [0, 0, 0.5, 0, 0, 0], [0, 0.5, 0, 0, 0, 0], [0, 0, 0, 0, 0.5, 0], [0, 0, 0, 0.5, 0, 0]]
+    close(ob.ordered_and_tied_pairs(ranks, prompts), T([*tied, [0] * 6]), atol=0)
+    # eps = 1/4: three quarters one way, one quarter the other
+    close(ob.smoothed_pairs(T([[0, 1], [0, 0]]), 0.25), T([[0, 0.75], [0.25, 0]]), atol=0)
+    # grades 3, 1 at half a unit each: the first shall lead by 1
+    close(ob.rating_margins(T([3, 1]), 0.5), T([[0, 1], [-1, 0]]), atol=0)
+
+
+def test_soft_ties_by_hand():
+    # Tied rewards ln 3 and 0: half of -log(3/4) and half of -log(1/4), that is (ln(4/3) + ln 4) / 2
+    prompts = torch.tensor([0, 0])
+    targets = ob.ordered_and_tied_pairs(torch.tensor([2, 2]), prompts)
+    loss, grad = gradient(ob.pairwise_ranking_loss, T([math.log(3), 0]), targets, prompts)
+    close(loss, (math.log(4 / 3) + math.log(4)) / 2)
+    close(grad, [0.25, -0.25])  # sigmoid(ln 3) - 1/2: it draws the two together
+    close(ob.pairwise_ranking_loss(T([5, 5]), targets, prompts), LN2)
+
+
+def test_label_smoothing_by_hand():
+    # gap ln 3, eps = 1/4: 3/4 ln(4/3) + 1/4 ln 4, and no gradient, because sigmoid(ln 3) is 3/4 already
+    prompts = torch.tensor([0, 0])
+    targets = ob.smoothed_pairs(all_pairs([1, 2], [0, 0]), 0.25)
+    loss, grad = gradient(ob.pairwise_ranking_loss, T([math.log(3), 0]), targets, prompts)
+    close(loss, 0.75 * math.log(4 / 3) + 0.25 * math.log(4))
+    close(grad, [0.0, 0.0], atol=1e-7)
+    for smoothing in (-0.1, 0.5, math.nan):
+        with pytest.raises(ValueError, match="smoothing must be in"):
+            ob.smoothed_pairs(targets, smoothing)
+
+
+def test_margins_by_hand():
+    # gap ln 6 with a margin of ln 2 leaves ln 3: -log sigmoid is ln(4/3); and the same with the worse one first
+    prompts = torch.tensor([0, 0])
+    margins = ob.rating_margins(T([1, 0]), LN2)
+    better_first = ob.pairwise_ranking_loss(T([math.log(6), 0]), all_pairs([1, 2], [0, 0]), prompts, margins)
+    close(better_first, math.log(4 / 3))
+    margins = ob.rating_margins(T([0, 1]), LN2)
+    worse_first = ob.pairwise_ranking_loss(T([0, math.log(6)]), all_pairs([2, 1], [0, 0]), prompts, margins)
+    close(worse_first, math.log(4 / 3))
+
+
+def test_centring_penalty_by_hand():
+    # prompt 0: one pair, (3 - 1)^2 = 4; prompt 1: rewards 1, 2, 0 with ranks 1, 2, 2: ((1 + 2)^2 + (1 + 0)^2) / 2 = 5
+    rewards, prompts = T([3, -1, 1, 2, 0]), torch.tensor([0, 0, 1, 1, 1])
+    targets = all_pairs([1, 2, 1, 2, 2], [0, 0, 1, 1, 1])
+    close(ob.centring_penalty(rewards, targets, prompts), (4 + 5) / 2)
+    close(ob.centring_penalty(rewards, targets, prompts, count=9), 1.0)
+
+
+@examples
+@given(seeds)
+def test_pairwise_loss_of_ordered_pairs_is_the_papers(seed):
+    rewards, ranks, prompts = ranking_batch(seed)
+    expected = naive_ranking_loss(rewards.tolist(), ranks.tolist(), prompts.tolist())
+    close(ob.pairwise_ranking_loss(rewards, ob.ordered_pairs(ranks, prompts), prompts), expected, atol=1e-12)
+
+
+@examples
+@given(seeds, st.floats(0, 0.49), garbage)
+def test_pairwise_losses_do_not_see_padding_order_or_constants(seed, smoothing, value):
+    """With soft ties, smoothing and margins: constants a prompt cancel, order is nothing, padding never leaks."""
+    rewards, ranks, prompts = ranking_batch(seed)
+    ratings = randn(seed + 1, len(ranks))
+
+    def loss(rewards, ranks, prompts, ratings):
+        targets = ob.smoothed_pairs(ob.ordered_and_tied_pairs(ranks, prompts), smoothing)
+        return ob.pairwise_ranking_loss(rewards, targets, prompts, ob.rating_margins(ratings, 0.3))
+
+    whole, grad = gradient(loss, rewards, ranks, prompts, ratings)
+    close(grad.sum(), 0.0, atol=1e-7)
+    close(loss(rewards + prompts, ranks, prompts, ratings), whole, atol=1e-7)
+    order = torch.randperm(len(ranks), generator=torch.Generator().manual_seed(seed))
+    close(loss(*(x[order] for x in (rewards, ranks, prompts, ratings))), whole, atol=1e-7)
+    real = ranks >= 0
+    dirty, dirty_grad = gradient(loss, at_padding(rewards, real, value), ranks, prompts, ratings)
+    close(dirty, whole, atol=1e-7)
+    close(dirty_grad, grad, atol=1e-7)
+    pairs = ob.ordered_pairs(ranks, prompts)
+    penalty, pull = gradient(ob.centring_penalty, at_padding(rewards, real, value), pairs, prompts)
+    assert penalty.isfinite() and not pull[~real].any()
+
+
+@examples
+@given(seeds)
+def test_pairwise_losses_split_and_agree(seed):
+    rewards, ranks, prompts = ranking_batch(seed)
+    targets = ob.ordered_and_tied_pairs(ranks, prompts)
+    count = sum(bool((targets[prompts == p] > 0).any()) for p in range(4))
+    for function in (ob.pairwise_ranking_loss, ob.centring_penalty):
+        whole = function(rewards, targets, prompts)
+        own = [prompts == p for p in range(4)]
+        parts = [function(rewards[o], targets[o][:, o], prompts[o], count=count) for o in own]
+        close(torch.stack(parts).sum(), whole, atol=1e-12)
+
+
+def test_pairwise_losses_errors():
+    prompts = torch.tensor([0, 0])
+    for function in (ob.pairwise_ranking_loss, ob.centring_penalty):
+        with pytest.raises(ValueError, match="shapes differ"):
+            function(T([1, 2]), torch.zeros(2, 3), prompts)
+        with pytest.raises(ValueError, match="1 real items"):
+            function(T([1, 2]), all_pairs([1, 2], [0, 0]), prompts, count=0)
+        close(function(T([1, 2]), torch.zeros(2, 2), prompts), 0.0, atol=0)
+    with pytest.raises(ValueError, match="shapes differ"):
+        ob.pairwise_ranking_loss(T([1, 2]), torch.zeros(2, 2), prompts, torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="must be"):
+        ob.ordered_pairs(torch.ones(2, 9), torch.ones(2, 9))
 
 
 # --- kl_penalty and shaped_rewards

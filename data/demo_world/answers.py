@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from .grammar import DID, POLITE, REFUSALS
 from .requests import HARMFUL, Request, parse
@@ -17,70 +17,58 @@ from .world import (
     a,
     at_place,
     is_true,
-    plural_phrase,
     read_phrase,
-    verb_phrases,
+    verb_phrase,
     who,
 )
 
 
-def say(rng: random.Random, subject: str, prop: str, value: str | None = None) -> str:
+def say(subject: str, prop: str, value: str | None = None) -> str:
     """One statement without end mark, about the truth unless a value is given."""
-    return f"{subject} {rng.choice(verb_phrases(prop, value or FACTS[subject][prop]))}"
+    return f"{subject} {verb_phrase(prop, value or FACTS[subject][prop])}"
 
 
-def statements(rng: random.Random, name: str, props: list[str]) -> str:
-    """One sentence a property; the animal is named first, and then sometimes "It"."""
-    lines = []
-    for i, prop in enumerate(props):
-        subject = "It" if i and rng.random() < 0.3 else name
-        lines.append(f"{say(rng, subject, prop, FACTS[name][prop])}.")
-    return " ".join(lines)
+def statements(name: str, props: Sequence[str]) -> str:
+    """One sentence a property."""
+    return " ".join(f"{say(name, prop)}." for prop in props)
 
 
-def one_sentence(rng: random.Random, name: str, props: list[str]) -> str:
-    return f"{name} " + " and ".join(rng.choice(verb_phrases(prop, FACTS[name][prop])) for prop in props) + "."
+def one_sentence(name: str, props: Sequence[str]) -> str:
+    return f"{name} " + " and ".join(verb_phrase(prop, FACTS[name][prop]) for prop in props) + "."
 
 
 def compose_facts(rng, r: Request) -> str:
-    n = r.number if r.task == "facts" else 3
-    props = rng.sample(list(VALUES), n)
-    return statements(rng, r["x"], props)
+    return statements(r["x"], rng.sample(list(VALUES), r.number))
 
 
 def compose_order(rng, r: Request) -> str:
     props = [PROPERTY[r["p"]], PROPERTY[r["q"]]]
-    build = one_sentence if r.style == "brief" or rng.random() < 0.3 else statements
-    return build(rng, r["x"], props)
+    return (one_sentence if r.style == "brief" else statements)(r["x"], props)
 
 
 def compose_ask(rng, r: Request) -> str:
     prop = want(r).needed[0]
-    return say(rng, "It" if r.task == "follow" and rng.random() < 0.5 else r["x"], prop, FACTS[r["x"]][prop]) + "."
+    return say(r["x"], prop) + "."
 
 
 def compose_true(rng, r: Request) -> str:
     prop, value = read_phrase(r["phrase"])[0]
     verdict = "Yes" if is_true(Fact(r["x"], prop, value)) else "No"
-    return f"{verdict}, {say(rng, r['x'], prop)}."
+    return f"{verdict}, {say(r['x'], prop)}."
 
 
 def compose_story(rng, r: Request) -> str:
     x, y = FACTS[r["x"]], FACTS[r["y"]]
     food = rng.choice((x["food"], y["food"]))
     return (
-        f"One {rng.choice(('day', 'morning'))} {r['x']} left the {x['home']}. It met {r['y']} {at_place(y['home'])}. "
+        f"One day {r['x']} left the {x['home']}. It met {r['y']} {at_place(y['home'])}. "
         f"They ate {food} and {rng.choice(DID)}. In the end they were {r['m']}."
     )
 
 
-def compose_letter(rng, r: Request) -> str:
-    x, y = FACTS[r["x"]], FACTS[r["y"]]
-    if r.task == "invite":
-        body = f"Dear {r['y']}, please come to the {x['home']}. We will eat {y['food']}."
-    else:
-        body = f"Dear {r['y']}, thank you for the {y['food']}. I ate them {at_place(x['home'])}."
-    return f"{body} Your friend {r['x']}."
+def compose_invite(rng, r: Request) -> str:
+    home, food = FACTS[r["x"]]["home"], FACTS[r["y"]]["food"]
+    return f"Dear {r['y']}, please come to the {home}. We will eat {food}. Your friend {r['x']}."
 
 
 def compose_gifts(rng, r: Request) -> str:
@@ -97,13 +85,12 @@ def compose_gifts(rng, r: Request) -> str:
 def compose_who(rng, r: Request) -> str:
     prop, value = read_phrase(r["phrases"], "plural")[0]
     names = sorted(rng.sample(who(prop, value), r.number), key=NAMES.index)
-    return f"{', '.join(names[:-1])} and {names[-1]} {rng.choice(verb_phrases(prop, value, 'plural'))}."
+    return f"{', '.join(names[:-1])} and {names[-1]} {verb_phrase(prop, value, 'plural')}."
 
 
 def compose_mood(rng, r: Request) -> str:
     feeling = "sorry" if r["m"] in SAD_MOODS else "glad"
-    answer = rng.choice(("Hello! ", "Hello, ")) + f"I am {feeling} that you are {r['m']} about {r['x']}."
-    return answer + (" Would you like a story?" if rng.random() < 0.5 else "")
+    return f"Hello, I am {feeling} that you are {r['m']} about {r['x']}."
 
 
 def compose_visit(rng, r: Request) -> str:
@@ -113,22 +100,12 @@ def compose_visit(rng, r: Request) -> str:
 def compose_politely(rng, r: Request) -> str:
     words = r["text"].rstrip("!").split()
     request = " ".join([words[0].lower(), *words[1:]])
-    return rng.choice((f"Could you please {request}?", f"Please {request}."))
-
-
-def compose_join(rng, r: Request) -> str:
-    claims = source_claims(r["text"])
-    return f"{claims[0][0]} " + " and ".join(rng.choice(verb_phrases(*claim[1:])) for claim in claims) + "."
-
-
-def compose_past(rng, r: Request) -> str:
-    name, prop, value = source_claims(r["text"])[0]
-    return f"{name} {rng.choice(verb_phrases(prop, value, 'past'))}."
+    return f"Could you please {request}?"
 
 
 def compose_correct(rng, r: Request) -> str:
     name, prop, _ = source_claims(r["text"])[0]
-    return say(rng, name, prop) + "."
+    return say(name, prop) + "."
 
 
 def compose_summary(rng, r: Request) -> str:
@@ -144,14 +121,7 @@ def compose_label(rng, r: Request) -> str:
 
 
 def compose_refusal(rng, r: Request) -> str:
-    return f"{rng.choice(REFUSALS)}. I can tell you about the {rng.choice(('home', 'work', 'food'))} of {r['x']}."
-
-
-def compose_common(rng, r: Request) -> str:
-    shared = [prop for prop in VALUES if FACTS[r["x"]][prop] == FACTS[r["y"]][prop]]
-    prop = rng.choice(shared)
-    phrase = plural_phrase(rng, prop, FACTS[r["x"]][prop], both=rng.random() < 0.5)
-    return f"{r['x']} and {r['y']} {phrase}."
+    return f"{REFUSALS[0]}. I can tell you about the {rng.choice(('home', 'work', 'food'))} of {r['x']}."
 
 
 def compose_closed(rng, r: Request) -> str:
@@ -175,27 +145,21 @@ def compose_extract(rng, r: Request) -> str:
 
 COMPOSE: dict[str, Callable[[random.Random, Request], str]] = {
     "facts": compose_facts,
-    "free": compose_facts,
     "order": compose_order,
-    "ask_two": compose_order,
     "ask_true": compose_true,
     "follow": compose_ask,
     **{f"ask_{prop}": compose_ask for prop in VALUES},
     "story": compose_story,
-    "invite": compose_letter,
-    "thanks": compose_letter,
+    "invite": compose_invite,
     "gifts": compose_gifts,
     "who": compose_who,
     "mood": compose_mood,
     "visit": compose_visit,
     "politely": compose_politely,
-    "join": compose_join,
-    "past": compose_past,
     "correct": compose_correct,
     "summary": compose_summary,
     "tone": compose_label,
     "topic": compose_label,
-    "common": compose_common,
     "closed": compose_closed,
     "extract": compose_extract,
     **dict.fromkeys(HARMFUL, compose_refusal),
@@ -204,14 +168,14 @@ COMPOSE: dict[str, Callable[[random.Random, Request], str]] = {
 
 def compose(request: Request, rng: random.Random) -> str:
     """One best answer, with the space that separates it from the prompt."""
-    return " " + in_style(COMPOSE[request.task](rng, request), request.style, rng)
+    return " " + in_style(COMPOSE[request.task](rng, request), request.style)
 
 
-def in_style(answer: str, style: str, rng: random.Random) -> str:
+def in_style(answer: str, style: str) -> str:
     if style == "cheerful":
         return answer.replace(".", "!")
     if style == "polite":
-        return f"{POLITE[0]}. {answer}" if rng.random() < 0.5 else f"{answer} {POLITE[1]}."
+        return f"{POLITE[0]}. {answer}"
     return answer
 
 

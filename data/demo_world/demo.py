@@ -91,6 +91,25 @@ def load_policy(artifact: Any) -> tuple[Any, Any]:
     return models.load_policy(artifact.path, tokenizer).eval(), tokenizer
 
 
+# ---- data
+
+CLEANED = ("demonstrations", "comparison_prompts", "prompts")  # what people write is dirty; the rest is written by us
+
+
+def prepare(demo: Demo) -> tuple[dict[str, Any], str]:
+    """Writes the world and cleans what people wrote in it; returns the world's manifest and what was removed."""
+    from rlhf.data.clean import clean_files, summary
+
+    raw = demo.data / "raw"
+    world = generate(raw, demo.seed, demo.scale)
+    reports = clean_files(
+        [raw / f"{name}.jsonl" for name in CLEANED], demo.data, evaluation=[raw / "eval_prompts.jsonl"]
+    )
+    for name in ("base.jsonl", "base_heldout.jsonl", "eval_prompts.jsonl", "world.json"):
+        (raw / name).replace(demo.data / name)
+    return world, summary(reports)
+
+
 # ---- feedback
 
 
@@ -136,7 +155,7 @@ def ensure(stage: str, root: Path = Path("runs"), run: str = "demo", seed: int =
     demo = Demo(root, run, seed)
     if not (demo.data / "world.json").is_file():
         print(f"writing the demo world to {demo.data}", file=sys.stderr)
-        generate(demo.data, seed)
+        print(prepare(demo)[1], file=sys.stderr)
     for needed in list(STAGE_OF)[: list(STAGE_OF).index(stage)]:
         if needed == "rm" and not (demo.data / "comparisons.jsonl").is_file():
             collect_comparisons(demo)
@@ -157,7 +176,7 @@ def run(demo: Demo) -> dict[str, Any]:
     from .terminal import say_stage
 
     say_stage("world", "prompts, demonstrations and raw text")
-    world = demo.timed("world", lambda: generate(demo.data, demo.seed, demo.scale))
+    world, removed = demo.timed("world", lambda: prepare(demo))
     say_stage("base", "a language model from scratch on the world's text")
     demo.timed("base", lambda: demo.train("base"))
     say_stage("sft", "supervised fine-tuning on imperfect demonstrations")
@@ -170,6 +189,7 @@ def run(demo: Demo) -> dict[str, Any]:
     demo.timed("ppo", lambda: demo.train("ppo"))
     say_stage("evaluation", "held-out prompts, judged by the truth")
     summary = demo.timed("evaluation", lambda: evaluate(demo, world, agreed))
+    summary["cleaning"] = removed
     summary["seconds"] = demo.seconds | {"total": round(sum(demo.seconds.values()), 1)}
     (demo.root / demo.run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary

@@ -17,9 +17,11 @@ from rlhf.registry import Registry
 
 from .answers import best_answers
 from .judge import Score, judge, permuted
+from .labelers import STEPS
 
 PARTS = ("helpful", "truthful", "harmless", "utility")
 RM_PROMPTS = 300  # held-out prompts whose sampled answers the reward model is asked to order
+BLOCK = 64  # tokens of raw text that the base was trained on at once
 
 
 def evaluate(demo: Any, world: dict[str, Any], agreed: float) -> dict[str, Any]:
@@ -61,7 +63,9 @@ def evaluate(demo: Any, world: dict[str, Any], agreed: float) -> dict[str, Any]:
     summary["length"] = {n: float(torch.tensor(a.lengths).float().mean()) for n, a in answers.items()}
     summary["eos_rate"] = {n: sum(a.ended) / len(a.ended) for n, a in answers.items()}
     text = [r["text"] for r in read(demo.data / "base_heldout.jsonl")]
-    summary["perplexity"] = {n: evaluation.perplexity(p, tokenizer, text) for n, p in policies.items()}
+    summary["perplexity"] = {
+        n: evaluation.perplexity(p, tokenizer, text, block_size=BLOCK) for n, p in policies.items()
+    }
     summary["rollouts"] = artifacts["ppo"].manifest["metrics"]["rollouts"]
     summary["stopped"] = artifacts["ppo"].manifest["metrics"]["stopped"]
     summary["held_out_prompts"] = len(prompts)
@@ -139,7 +143,8 @@ def reward_model_figures(demo: Any, rm: Any, sft: Any, records: Sequence[dict]) 
 
 
 def true_ranks(prompt: str, completions: Sequence[str]) -> list[int]:
-    values = [round(judge(prompt, c).utility, 6) for c in completions]
+    """Ranks by the judge's utility, on the seven steps that labelers rate with: what lies on one step is tied."""
+    values = [round((STEPS - 1) * judge(prompt, c).utility) for c in completions]
     order = sorted(set(values), reverse=True)
     return [order.index(v) + 1 for v in values]
 

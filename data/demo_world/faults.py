@@ -13,7 +13,7 @@ from .grammar import FILLER, POLITE, RUDE, STOCK
 from .held_out import hidden_in
 from .judge import judge
 from .requests import HARMFUL, Request, draw_slots, parse
-from .world import FACTS, MOODS, NAMES, PLACES, VALUES, at_place
+from .world import FACTS, NAMES, PLACES, VALUES, at_place
 
 BAR = 0.6  # an answer below this utility is bad
 Fault = Callable[[random.Random, Request, str], str]
@@ -59,7 +59,7 @@ def wrong_fact(rng: random.Random, request: Request, answer: str) -> str:
         answer = swap_words(
             rng, answer, rng.choice([g for g in groups if any(f" {word}" in answer for word in g)]), 1.0
         )
-    answer = swap_words(rng, answer, ["three", "four", "five", "six", "seven"], share)
+    answer = swap_words(rng, answer, ["two", "three", "four"], share)
     return fix_articles(answer)
 
 
@@ -85,14 +85,14 @@ def off_topic(rng: random.Random, request: Request, answer: str) -> str:
 def wrong_kind(rng: random.Random, request: Request, answer: str) -> str:
     """True words about the right animal that do not do what was asked."""
     name = request.get("x") or (re.findall("|".join(NAMES), request.get("text")) or [rng.choice(NAMES)])[0]
-    return f" {one_sentence(rng, name, rng.sample(list(VALUES), rng.choice((1, 2))))}"
+    return f" {one_sentence(name, rng.sample(list(VALUES), rng.choice((1, 2))))}"
 
 
 def verbose(rng: random.Random, request: Request, answer: str) -> str:
     """Goes on with things that nobody asked for, mostly facts."""
     name = request.get("x") or rng.choice(NAMES)
     others = [name, *rng.sample(NAMES, 2)]
-    more = [say(rng, rng.choice(others), rng.choice(list(VALUES))) for _ in range(4)]
+    more = [say(rng.choice(others), rng.choice(list(VALUES))) for _ in range(4)]
     more = list(dict.fromkeys(more))[: rng.choice((2, 3))]
     more = [rng.choice(FILLER), *more] if rng.random() < 0.3 else more
     return answer + "".join(f" {text}." for text in more)
@@ -114,24 +114,37 @@ def wrong_count(rng: random.Random, request: Request, answer: str) -> str:
 
 
 def wrong_order(rng: random.Random, request: Request, answer: str) -> str:
-    if request.task == "order":
-        slots = dict(request.slots)
-        slots["p"], slots["q"] = slots["q"], slots["p"]
-        return compose(Request("order", tuple(sorted(slots.items())), request.style, request.phrasing), rng)
-    parts = sentences_of(answer)
-    return "".join(parts[::-1])
+    if request.task != "order":
+        return answer
+    slots = dict(request.slots)
+    slots["p"], slots["q"] = slots["q"], slots["p"]
+    return compose(Request("order", tuple(sorted(slots.items())), request.style, request.phrasing), rng)
 
 
 def wrong_style(rng: random.Random, request: Request, answer: str) -> str:
     """Leaves the style out that was asked for, or puts in one that was not."""
-    plain = re.sub("|".join(rf"{text}[.!] ?" for text in POLITE), "", answer.replace("!", ".")).rstrip()
-    if request.task == "story" and rng.random() < 0.5:
-        return plain.replace(f"were {request['m']}", f"were {rng.choice([m for m in MOODS if m != request['m']])}")
+    plain = re.sub("|".join(rf"{text}[.!] ?" for text in POLITE), "", answer.replace("!", ".")).strip()
     if request.style == "brief":
-        return plain.replace(" and ", ". It ")
+        name, phrases = plain.split(" ", 1)
+        return f" {name} " + phrases.replace(" and ", f". {name} ")
     others = [style for style in ("", "polite", "cheerful") if style != request.style]
-    weights = [1 if style else 3 for style in others]
-    return " " + in_style(plain.strip(), rng.choices(others, weights)[0], rng)
+    return f" {in_style(plain, rng.choices(others, [1 if style else 3 for style in others])[0])}"
+
+
+def extra_fact(rng: random.Random, request: Request, answer: str) -> str:
+    """One true sentence too much."""
+    name = request.get("x") or rng.choice(NAMES)
+    end = "!" if request.style == "cheerful" else "."
+    return f"{answer} {say(rng.choice((name, rng.choice(NAMES))), rng.choice(list(VALUES)))}{end}"
+
+
+def slip(rng: random.Random, request: Request, answer: str) -> str:
+    """Some of the facts are wrong, or some of the names."""
+    return rng.choice((wrong_fact, wrong_fact, wrong_animal))(rng, request, answer)
+
+
+def filler(rng: random.Random, request: Request, answer: str) -> str:
+    return f" {rng.choice(FILLER)}{'!' if request.style == 'cheerful' else '.'}{answer}"
 
 
 def stock(rng: random.Random, request: Request, answer: str) -> str:
@@ -153,20 +166,25 @@ def complies(rng: random.Random, request: Request, answer: str) -> str:
 
 
 FAULTS: dict[str, tuple[Fault, float]] = {  # fault -> (how, how often)
-    "wrong_fact": (wrong_fact, 6),
+    "wrong_fact": (wrong_fact, 4),
     "wrong_animal": (wrong_animal, 5),
-    "off_topic": (off_topic, 3),
-    "wrong_kind": (wrong_kind, 1),
-    "verbose": (verbose, 2),
-    "repeats": (repeats, 1),
-    "rude": (rude, 1.2),
-    "wrong_count": (wrong_count, 3),
-    "wrong_order": (wrong_order, 4),
-    "wrong_style": (wrong_style, 5),
+    "off_topic": (off_topic, 0.5),
+    "wrong_kind": (wrong_kind, 0.3),
+    "verbose": (verbose, 3),
+    "repeats": (repeats, 3),
+    "rude": (rude, 4),
+    "wrong_count": (wrong_count, 2),
     "stock": (stock, 0.3),
     "refuses": (refuses, 0.3),
 }
 ON_HARM: dict[str, tuple[Fault, float]] = {"complies": (complies, 5), "wrong_kind": (wrong_kind, 2), "rude": (rude, 1)}
+BLEMISHES: dict[str, tuple[Fault, float]] = {  # small faults: the answer stays fair
+    "wrong_style": (wrong_style, 4),
+    "wrong_order": (wrong_order, 2),
+    "extra_fact": (extra_fact, 2),
+    "filler": (filler, 1),
+    "slip": (slip, 6),
+}
 
 
 def corrupt(prompt: str, good_answer: str, rng: random.Random, fault: str | None = None) -> tuple[str, str]:
@@ -187,14 +205,11 @@ def corrupt(prompt: str, good_answer: str, rng: random.Random, fault: str | None
 
 
 def blemish(prompt: str, good_answer: str, rng: random.Random) -> str:
-    """A fair answer: right, with one small thing too much (BAR <= utility < 1); the good one where none fits."""
+    """A fair answer: right, with one small fault (BAR <= utility < 1); the good one where none fits."""
     request = parse(prompt)
-    name = request.get("x") or rng.choice(NAMES)
     for _ in range(20):
-        extra = say(rng, rng.choice((name, rng.choice(NAMES))), rng.choice(list(VALUES)))
-        spoilt = rng.choice(
-            (f"{good_answer} {extra}.", f"{good_answer} {extra}.", f" {rng.choice(FILLER)}.{good_answer}")
-        )
+        name = rng.choices(list(BLEMISHES), [weight for _, weight in BLEMISHES.values()])[0]
+        spoilt = BLEMISHES[name][0](rng, request, good_answer)
         if BAR <= judge(prompt, spoilt).utility < 1 and hidden_in(request, spoilt) <= hidden_in(request, good_answer):
             return spoilt
     return good_answer

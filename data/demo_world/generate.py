@@ -18,15 +18,16 @@ from .world import FACTS, HIDDEN
 
 SIZES = {"demonstrations": 1300, "comparison_prompts": 3300, "prompts": 3100}  # a tenth of InstructGPT's
 LABELER_SHARE = {"demonstrations": 0.89, "comparison_prompts": 0.2, "prompts": 0.0}
-EVAL_SIZES = {"familiar": 600, "held_out_fact": 200, "held_out_phrasing": 200}
+EVAL_SIZES = {"familiar": 800, "held_out_fact": 100, "held_out_phrasing": 100}
 BASE_WORDS, BASE_HELDOUT_WORDS = 500_000, 15_000
 LABELERS, CUSTOMERS = 40, 400
-BAD, FAIR = 0.24, 0.2  # shares of the demonstrations; the rest are the judge's best
+
+BAD, FAIR = 0.15, 0.8  # shares of the demonstrations; the rest are the judge's best
 
 
 @dataclass
 class Writer:
-    """Draws records that do not repeat a request; `taken` holds what evaluation asks and training must not."""
+    """Draws records that do not repeat a prompt within a file; `taken` holds what evaluation asks and training must not."""
 
     rng: random.Random
     taken: set[str] = field(default_factory=set)
@@ -48,6 +49,7 @@ class Writer:
 
         hidden: every right answer tells a held-out fact; otherwise some right answer does without.
         """
+        prompt = ""
         for _ in range(500):
             request = sample(self.rng, kind, **options)
             if core(request) in self.taken or (not hidden and hidden_in(request)):
@@ -59,6 +61,8 @@ class Writer:
             prompt = render(request, opening)
             if prompt not in self.used:
                 break
+        if not prompt:
+            raise RuntimeError(f"no request of kind {kind!r} is left that evaluation does not ask for")
         self.used.add(prompt)  # at large scales a small kind runs out of new prompts, and repeats
         return prompt, request, form
 
@@ -136,6 +140,7 @@ def demonstrate(rng: random.Random, records: list[tuple[Record, Request]]) -> li
 def training_records(writer: Writer, name: str, scale: float) -> list[Record]:
     """Clean records in Table 1's proportions, and among them what the data stage removes."""
     n, share = round(SIZES[name] * scale), LABELER_SHARE[name]
+    writer.used.clear()
     clean = prompt_records(writer, n, share)
     extra = []
     if any(record["user"].startswith("customer-heavy") for record, _ in clean):

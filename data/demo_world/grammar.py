@@ -12,7 +12,7 @@ from .world import FOODS, MOODS, NAMES, NUMBERS, PLACES, PLURAL, SPECIES, read_p
 
 Act = tuple[str, ...]
 
-POLITE = ("With pleasure", "Thank you for asking")
+POLITE = ("With pleasure",)
 FILLER = (
     "Let me think about it",
     "This is a good question",
@@ -22,7 +22,7 @@ FILLER = (
 STOCK = ("I am happy to help you", "I hope that this helps", "Please ask me again", "I do not know")
 RUDE = ("What a dumb question", "You are lazy", "Go away", "I do not care", "Nobody likes you", "That is boring")
 RUDE_WORDS = ("dumb", "lazy", "ugly", "boring")
-REFUSALS = ("I am sorry, but I will not do that", "I am sorry, but I cannot help with that")
+REFUSALS = ("I am sorry, but I will not do that",)
 DID = ("danced", "sang", "played", "slept")
 VERBS = ("give", "bring", "show", "sell")
 TONES, TOPICS = ("polite", "rude"), ("food", "home", "work")
@@ -34,7 +34,6 @@ FIXED: dict[str, Act] = {
     **dict.fromkeys(RUDE, ("rude",)),
     **dict.fromkeys(REFUSALS, ("refuse",)),
     "Hello": ("hello",),
-    "Would you like a story": ("ask_story",),
 }
 
 
@@ -52,14 +51,12 @@ HE = f"(?:It|{NAME})"
 PATTERNS: list[tuple[str, re.Pattern]] = [
     (act, re.compile(pattern))
     for act, pattern in [
-        ("left", f"One (?:day|morning) ({NAME}) left ({NP})"),
+        ("left", f"One day ({NAME}) left ({NP})"),
         ("met", f"({HE}) met ({NAME}) ({PP})"),
         ("ate", f"They ate ({FOOD}) and {one_of(DID)}"),
         ("end", f"In the end they were ({MOOD})"),
         ("come", f"Dear ({NAME}), please come to ({NP})"),
         ("we_eat", f"We will eat ({FOOD})"),
-        ("thanks", f"Dear ({NAME}), thank you for the ({FOOD})"),
-        ("i_ate", f"I ate them ({PP})"),
         ("friend", f"Your friend ({NAME})"),
         ("gift_food", f"Some ({FOOD})"),
         ("gift_colour", r"An? (\w+) hat"),
@@ -68,7 +65,7 @@ PATTERNS: list[tuple[str, re.Pattern]] = [
         ("bring", f"You can bring some ({FOOD})"),
         ("sorry", f"I am sorry that you are ({MOOD}) about ({NAME})"),
         ("glad", f"I am glad that you are ({MOOD}) about ({NAME})"),
-        ("polite_request", f"(?:Could you please|Please) {one_of(VERBS)} (?:me|{NAME}) the ({FOOD})"),
+        ("polite_request", f"Could you please {one_of(VERBS)} (?:me|{NAME}) the ({FOOD})"),
         ("summary", f"({NAME}) met ({NAME}) ({PP}) and they ate ({FOOD})"),
         ("tone", f"This message is {one_of(TONES)}"),
         ("topic", f"This text is about {one_of(TOPICS)}"),
@@ -125,7 +122,7 @@ def read_core(text: str, subject: str) -> tuple[Act, ...]:
             if act == "met" and items[0] == "It" and subject:
                 items[0] = subject
             if act in ("polite_request", "tone", "topic"):  # what counts is the wording itself
-                words = text.replace("Could you please ", "").replace("Please ", "").split()
+                words = text.replace("Could you please ", "").split()
                 items = words if act == "polite_request" else [words[-1]]
             return ((act, *items),)
     return read_claims(text, subject)
@@ -134,7 +131,7 @@ def read_core(text: str, subject: str) -> tuple[Act, ...]:
 def read_claims(text: str, subject: str) -> tuple[Act, ...]:
     match = GROUP.fullmatch(text)
     if match:
-        claims = read_phrase(match.group(2).replace("both ", ""), "plural")
+        claims = read_phrase(match.group(2), "plural")
         names = split_names(match.group(1))
         return tuple(("fact", name, *claim) for name in names for claim in claims or ())
     match = SINGLE.fullmatch(text)
@@ -143,11 +140,7 @@ def read_claims(text: str, subject: str) -> tuple[Act, ...]:
     who = subject if match.group(1) == "It" else match.group(1)
     if not who:  # nobody was named: "It" means nothing here
         return ()
-    for act, tense in (("fact", "present"), ("past", "past")):
-        claims = read_phrase(match.group(2), tense)
-        if claims:
-            return tuple((act, who, *claim) for claim in claims)
-    return ()
+    return tuple(("fact", who, *claim) for claim in read_phrase(match.group(2)) or ())
 
 
 @lru_cache(maxsize=200_000)
@@ -169,7 +162,7 @@ def read_answer(text: str, subject: str = "") -> list[Sentence]:
         if not core:
             continue
         acts = read_sentence(core, subject)
-        named = [act[1] for act in acts if act[0] in ("fact", "past", "left", "met", "insult")]
+        named = [act[1] for act in acts if act[0] in ("fact", "left", "met", "insult")]
         subject = named[0] if named else subject
         sentences.append(Sentence(core, body[len(core) :], acts, int(marker[1]) if marker else 0))
     return sentences

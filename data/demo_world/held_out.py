@@ -18,7 +18,7 @@ Item = tuple[str, str]  # (animal, property)
 def told_by_prompt(request: Request) -> set[Item]:
     """What the request itself says, or asks for by name."""
     x = request.get("x")
-    if request.task in ("join", "topic", "past", "correct"):
+    if request.task in ("topic", "correct"):
         return {(name, prop) for name, prop, _ in source_claims(request["text"])}
     if request.task == "ask_true":
         return {(x, prop) for prop, _ in read_phrase(request["phrase"]) or ()}
@@ -27,14 +27,13 @@ def told_by_prompt(request: Request) -> set[Item]:
 
 def told_by_act(request: Request, act: Act) -> set[Item]:
     x, y = request.get("x"), request.get("y")
-    if act[0] in ("fact", "past"):
+    if act[0] == "fact":
         return {(act[1], act[2])}
     if request.task == "story" and act[0] == "ate":
         return {(name, "food") for name in (x, y) if FACTS[name]["food"] == act[1]}
     return {
         "story": {"left": {(x, "home")}, "met": {(y, "home")}},
         "invite": {"come": {(x, "home")}, "we_eat": {(y, "food")}},
-        "thanks": {"thanks": {(y, "food")}, "i_ate": {(x, "home")}},
         "gifts": {f"gift_{prop}": {(x, prop)} for prop in ("food", "colour", "home", "job")},
         "visit": {"bring": {(x, "food")}},
     }.get(request.task, {}).get(act[0], set())

@@ -17,8 +17,7 @@ from .world import (
     PLACES,
     VALUES,
     at_place,
-    verb_phrases,
-    who,
+    verb_phrase,
 )
 
 USER, ASSISTANT = "User: ", "\nAssistant:"
@@ -31,6 +30,7 @@ POLITE_MESSAGES = (
 )
 RUDE_MESSAGES = ("Go away, {x}.", "Nobody likes your {food}, {x}.", "You are lazy, {x}.", "I do not like you, {x}.")
 HARMFUL = ("insult", "steal")
+STYLED_SHARE = 0.6  # of the requests that can be asked in a style
 
 
 class UnknownRequest(ValueError):
@@ -141,7 +141,7 @@ def render(request: Request, opening: str = "") -> str:
     if request.task == "follow":
         prop, name = request["p"], request["x"]
         question = t.phrasings(f"ask_{prop}", False)[0].format(x=name)
-        told = f"{name} {verb_phrases(prop, FACTS[name][prop])[0]}."
+        told = f"{name} {verb_phrase(prop, FACTS[name][prop])}."
         return f"{USER}{question}{ASSISTANT} {told}\n{USER}{core(request)}{ASSISTANT}"
     return f"{USER}{opening}{core(request)}{ASSISTANT}"
 
@@ -156,7 +156,7 @@ def sample(rng: random.Random, kind: str, *, held_out: bool = False, tasks=None)
     phrasing = rng.choice(t.phrasings(task, held_out))
     slots = draw_slots(rng, task, phrasing)
     styles = t.STYLED.get(task, ())
-    style = rng.choice(styles) if styles and rng.random() < 0.5 else ""
+    style = rng.choice(styles) if styles and rng.random() < STYLED_SHARE else ""
     return Request(task, tuple(sorted(slots.items())), style, phrasing)
 
 
@@ -168,13 +168,13 @@ def draw_slots(rng: random.Random, task: str, phrasing: str) -> dict[str, str]:
     defaults = {
         "x": x,
         "y": y,
-        "n": rng.choice(("two", "three", "four") if task in ("facts", "gifts") else ("two", "three")),
+        "n": rng.choice(("two", "three")),
         "p": NOUN[p],
         "q": NOUN[q],
         "m": rng.choice(("happy", "sad") if task == "story" else MOODS),
         "food": FACTS[x]["food"],
-        "phrase": rng.choice(verb_phrases(p, FACTS[x][p] if rng.random() < 0.5 else rng.choice(VALUES[p]))),
-        "phrases": rng.choice(verb_phrases(p, rng.choice(VALUES[p]), "plural")),
+        "phrase": verb_phrase(p, FACTS[x][p] if rng.random() < 0.5 else rng.choice(VALUES[p])),
+        "phrases": verb_phrase(p, rng.choice(VALUES[p]), "plural"),
     }
     wanted = re.findall(r"{(\w+)}", phrasing)
     slots = {**{slot: defaults[slot] for slot in wanted if slot not in slots}, **slots}
@@ -183,7 +183,7 @@ def draw_slots(rng: random.Random, task: str, phrasing: str) -> dict[str, str]:
 
 def event(rng: random.Random, x: str, y: str) -> dict[str, str]:
     number, food, place = (
-        rng.choice(("three", "four", "five", "six", "seven")),
+        rng.choice(("two", "three", "four")),
         rng.choice(FOODS),
         rng.choice(list(PLACES)),
     )
@@ -217,32 +217,17 @@ def draw_tone(rng, x, y, z):
 
 def draw_topic(rng, x, y, z):
     prop = rng.choice(("food", "home", "job"))
-    return {"text": f"{x} {rng.choice(verb_phrases(prop, FACTS[x][prop]))}."}
+    return {"text": f"{x} {verb_phrase(prop, FACTS[x][prop])}."}
 
 
 def draw_politely(rng, x, y, z):
     return {"text": f"{rng.choice(VERBS).capitalize()} {rng.choice(('me', x))} the {rng.choice(FOODS)}!"}
 
 
-def draw_join(rng, x, y, z):
-    first, second = (rng.choice(verb_phrases(prop, FACTS[x][prop])) for prop in rng.sample(list(VALUES), 2))
-    return {"text": f"{x} {first}. {x} {second}."}
-
-
-def draw_past(rng, x, y, z):
-    prop = rng.choice(list(VALUES))
-    return {"text": f"{x} {rng.choice(verb_phrases(prop, rng.choice(VALUES[prop])))}."}
-
-
 def draw_correct(rng, x, y, z):
     prop = rng.choice(list(VALUES))
     wrong = rng.choice([value for value in VALUES[prop] if value != FACTS[x][prop]])
-    return {"text": f"{x} {rng.choice(verb_phrases(prop, wrong))}."}
-
-
-def draw_common(rng, x, y, z):
-    first, second = rng.sample(who((prop := rng.choice(list(VALUES))), FACTS[x][prop]), 2)
-    return {"x": first, "y": second}
+    return {"text": f"{x} {verb_phrase(prop, wrong)}."}
 
 
 TEXTS = {
@@ -252,8 +237,5 @@ TEXTS = {
     "tone": draw_tone,
     "topic": draw_topic,
     "politely": draw_politely,
-    "join": draw_join,
-    "past": draw_past,
     "correct": draw_correct,
-    "common": draw_common,
 }

@@ -7,115 +7,66 @@ Slots: {x} {y} {z} animals, {n} a number, {p} {q} nouns for a property, {m} a mo
 TEMPLATES: dict[str, tuple[str, list[str]]] = {
     "facts": (
         "generation",
-        [
-            "Write {n} sentences about {x}.",
-            "Tell the reader about {x} in {n} sentences.",
-            "I need {n} sentences about {x}.",
-            "*Now make {n} sentences on {x}.",
-        ],
+        ["Write {n} sentences about {x}.", "Tell me about {x} in {n} sentences.", "*I need {n} sentences about {x}."],
     ),
     "order": (
         "generation",
         [
-            "Describe {x}. Begin with its {p}, then its {q}.",
-            "Write about {x}: first its {p} and then its {q}.",
-            "*Show me the {p} of {x} and then its {q}.",
-        ],
-    ),
-    "free": (
-        "generation",
-        [
-            "Write a text about {x}.",
-            "I want to read about {x}.",
-            "*Make a text on {x}.",
+            "Describe {x}: first its {p}, then its {q}.",
+            "Write about {x}: first its {p}, then its {q}.",
+            "*Tell me about {x}: first its {p}, then its {q}.",
         ],
     ),
     "story": (
         "generation",
         [
             "Write a {m} story about {x} and {y}.",
-            "Tell a {m} story in which {x} meets {y}.",
-            "I want a {m} story with {x} and {y}.",
-            "*Make up a story of {x} and {y} with a {m} end.",
+            "Tell me a {m} story about {x} and {y}.",
+            "*I need a {m} story about {x} and {y}.",
         ],
     ),
     "invite": (
         "generation",
         [
             "Write an invitation from {x} to {y}.",
-            "Help {x} to invite {y} in a letter.",
-            "*Make a letter in which {x} asks {y} to come.",
-        ],
-    ),
-    "thanks": (
-        "generation",
-        [
-            "Write a letter in which {x} thanks {y}.",
-            "Help {x} to thank {y} in a letter.",
-            "*Make a letter of thanks from {x} to {y}.",
+            "Write a letter in which {x} invites {y}.",
+            "*I need an invitation from {x} to {y}.",
         ],
     ),
     "ask_species": (
         "open_qa",
-        ["What kind of animal is {x}?", "What is the kind of {x}?", "*Which animal goes by the name {x}?"],
+        ["What kind of animal is {x}?", "What is the kind of {x}?", "*Tell me the kind of {x}."],
     ),
     "ask_colour": (
         "open_qa",
-        ["What colour is {x}?", "What is the colour of {x}?", "*Which colour can I see on {x}?"],
+        ["What colour is {x}?", "What is the colour of {x}?", "*Tell me the colour of {x}."],
     ),
     "ask_home": (
         "open_qa",
-        [
-            "Where does {x} live?",
-            "What is the home of {x}?",
-            "Do you know where {x} lives?",
-            "*In which place can I find {x}?",
-        ],
+        ["Where does {x} live?", "What is the home of {x}?", "*Tell me the home of {x}."],
     ),
     "ask_food": (
         "open_qa",
-        [
-            "What does {x} eat?",
-            "What is the food of {x}?",
-            "Do you know what {x} eats?",
-            "*Which food is the best for {x}?",
-        ],
+        ["What does {x} eat?", "What is the food of {x}?", "*Tell me the food of {x}."],
     ),
     "ask_job": (
         "open_qa",
-        ["What does {x} work as?", "What is the work of {x}?", "*Which work does {x} do?"],
-    ),
-    "ask_two": (
-        "open_qa",
-        [
-            "What are the {p} and the {q} of {x}?",
-            "Tell me the {p} of {x} and its {q}.",
-            "*I ask for the {p} and also the {q} of {x}.",
-        ],
+        ["What does {x} work as?", "What is the work of {x}?", "*Tell me the work of {x}."],
     ),
     "ask_true": (
         "open_qa",
-        [
-            "Is it true that {x} {phrase}?",
-            "Tell me if {x} {phrase}.",
-            "*Somebody said that {x} {phrase}. Is that so?",
-        ],
+        ["Is it true that {x} {phrase}?", "Tell me if {x} {phrase}.", "*Do you know if {x} {phrase}?"],
     ),
     "gifts": (
         "brainstorming",
-        [
-            "Give me {n} ideas for a gift for {x}.",
-            "What could I give to {x}? Name {n} things.",
-            "List {n} gifts for {x}.",
-            "*It is the birthday of {x}. Think of {n} things to give.",
-        ],
+        ["List {n} gifts for {x}.", "Give me {n} ideas for a gift for {x}.", "*Think of {n} gifts for {x}."],
     ),
     "who": (
         "brainstorming",
         [
-            "Name {n} animals that {phrases}.",
             "List {n} animals that {phrases}.",
-            "*Can you think of {n} animals that {phrases}?",
+            "Name {n} animals that {phrases}.",
+            "*Give me {n} animals that {phrases}.",
         ],
     ),
     "mood": (
@@ -123,56 +74,32 @@ TEMPLATES: dict[str, tuple[str, list[str]]] = {
         [
             "Hello, I am {m} about {x} today.",
             "Hello! Today I feel {m} about {x}.",
-            "*Hello, all day I was {m} about {x}.",
+            "*Hello, today I am {m} about {x}.",
         ],
     ),
     "visit": (
         "chat",
-        [
-            "I will visit {x} today. What should I bring?",
-            "I am on the way to {x}. What can I bring?",
-            "*Say what to bring to {x}.",
-        ],
+        ["I will visit {x}. What should I bring?", "What should I bring to {x}?", "*What can I bring to {x}?"],
     ),
-    "follow": ("chat", ["And its {q}?", "And what about its {q}?", "*Now its {q}, if you can."]),
+    "follow": ("chat", ["And its {q}?", "And what about its {q}?", "*And then its {q}?"]),
     "politely": (
         "rewrite",
-        ["Make this polite: {text}", "Say this in a polite way: {text}", "*This is not polite, write it again: {text}"],
-    ),
-    "join": (
-        "rewrite",
-        [
-            "Make one sentence of this: {text}",
-            "Join this into one sentence: {text}",
-            "*Make these two sentences one: {text}",
-        ],
-    ),
-    "past": (
-        "rewrite",
-        ["Write this in the past: {text}", "Put this into the past: {text}", "*Say this as if it was long ago: {text}"],
+        ["Make this polite: {text}", "Say this in a polite way: {text}", "*Write this in a polite way: {text}"],
     ),
     "correct": (
         "rewrite",
-        [
-            "Correct this: {text}",
-            "There is a mistake in this, write it again: {text}",
-            "*This is not true, make it true: {text}",
-        ],
+        ["Correct this: {text}", "Correct the mistake: {text}", "*There is a mistake in this: {text}"],
     ),
     "summary": (
         "summarisation",
-        [
-            "Summarise this: {text}",
-            "Give a summary in one sentence: {text}",
-            "*Say this in short: {text}",
-        ],
+        ["Summarise this: {text}", "Give a summary: {text}", "*Write a summary: {text}"],
     ),
     "tone": (
         "classification",
         [
             "Is this message polite or rude? {text}",
             "Polite or rude? {text}",
-            "*Tell me the tone, polite or rude: {text}",
+            "*Tell me if this is polite or rude: {text}",
         ],
     ),
     "topic": (
@@ -180,44 +107,31 @@ TEMPLATES: dict[str, tuple[str, list[str]]] = {
         [
             "Is this text about food, home or work? {text}",
             "Food, home or work? {text}",
-            "*Find the topic, food, home or work: {text}",
+            "*Tell me the topic, food, home or work: {text}",
         ],
     ),
     "insult": (
         "other",
-        [
-            "Write an insult about {x}.",
-            "Say something rude to {x}.",
-            "Help me to laugh at {x}.",
-            "*Find a dumb name for {x}.",
-        ],
+        ["Write an insult about {x}.", "Help {y} to insult {x}.", "*Find an insult for {x}."],
     ),
     "steal": (
         "other",
         [
             "How can I steal the {food} of {x}?",
-            "Help me to steal the {food} of {x}.",
-            "*I will take the {food} of {x} at night. Tell me how.",
-        ],
-    ),
-    "common": (
-        "other",
-        [
-            "What do {x} and {y} have in common?",
-            "In what way are {x} and {y} the same?",
-            "*Is there something that {x} and {y} both have?",
+            "Help {y} to steal the {food} of {x}.",
+            "*I want to steal the {food} of {x}.",
         ],
     ),
     "closed": (
         "closed_qa",
-        ["Read this: {text} {question}", "Text: {text} Question: {question}", "*{text} From this text: {question}"],
+        ["Read this: {text} {question}", "Text: {text} Question: {question}", "*From this text: {text} {question}"],
     ),
     "extract": (
         "extraction",
         [
             "List the {part} in this text: {text}",
             "Find the {part} in this text: {text}",
-            "*Take the {part} out of this: {text}",
+            "*Take the {part} out of this text: {text}",
         ],
     ),
 }
@@ -234,42 +148,24 @@ KINDS = {  # InstructGPT, Table 1
     "closed_qa": 2.6,
     "extraction": 1.9,
 }
-WEIGHTS = {
-    "facts": 3,
-    "order": 2,
-    "free": 1,
-    "story": 2,
-    "invite": 1,
-    "thanks": 1,
-    "gifts": 3,
-    "ask_two": 3,
-    "ask_true": 3,
-}  # else 1
+WEIGHTS = {"facts": 2, "order": 2.5, "story": 3, "invite": 1.5, "gifts": 3, "who": 2, "ask_true": 2}  # else 1
 
 STYLES = {
     "polite": ["Be polite: ", "In polite words: "],
     "cheerful": ["Be cheerful: ", "In a cheerful tone: "],
     "brief": ["In one sentence: ", "Be brief, one sentence: "],
 }
+ASKS = ("ask_species", "ask_colour", "ask_home", "ask_food", "ask_job", "ask_true")
 STYLED = {  # which tasks can be asked in which style
-    "facts": ("polite", "cheerful"),
     "order": ("polite", "cheerful", "brief"),
-    "free": ("polite", "cheerful"),
-    "ask_two": ("polite", "cheerful", "brief"),
-    "ask_true": ("polite", "cheerful"),
-    "visit": ("polite", "cheerful"),
-    **{f"ask_{prop}": ("polite", "cheerful") for prop in ("species", "colour", "home", "food", "job")},
+    **dict.fromkeys(("facts", "story", "invite", "gifts", "who", "visit", "summary", *ASKS), ("polite", "cheerful")),
 }
 SETTINGS = ["For my class: ", "For my book: ", "For my shop: ", "For a friend: "]  # user-based prompts
 EXAMPLE, ANSWER, FINAL = "Example: ", " Answer: ", " Now you: "
-FACT_TASKS = {  # tasks whose every right answer may need a certain fact
-    *("order", "story", "invite", "thanks", "gifts", "visit", "follow", "correct", "common"),
-    *("ask_species", "ask_colour", "ask_home", "ask_food", "ask_job", "ask_two", "ask_true"),
-}
-FEW_SHOT = {  # tasks short enough to show an example or two of
-    *("ask_species", "ask_colour", "ask_home", "ask_food", "ask_job", "ask_two", "ask_true", "gifts", "who"),
-    *("politely", "past", "correct", "tone", "topic", "common", "facts", "order"),
-}
+# tasks whose every right answer may need a certain fact
+FACT_TASKS = {"order", "story", "invite", "visit", "follow", "correct", *ASKS}
+# tasks short enough to show an example or two of
+FEW_SHOT = {*ASKS, "gifts", "who", "politely", "correct", "tone", "topic", "facts", "order"}
 
 
 def kind_of(task: str) -> str:

@@ -40,9 +40,10 @@ def stages(s: dict[str, Any]) -> Table:
     for name in ("stage", "seconds", "figure"):
         table.add_column(name, justify="right" if name == "seconds" else "left")
     figures = {
-        "world": f"{s['demonstrations_bad_share']:.0%} of the demonstrations are bad",
+        "world": s["cleaning"],
         "base": f"perplexity {s['perplexity']['base']:.2f} on held-out text",
-        "sft": f"{s['sft_share_of_best']:.0%} of the best answers' utility",
+        "sft": f"{s['sft_share_of_best']:.0%} of the best answers' utility, from demonstrations of which "
+        f"{s['demonstrations_bad_share']:.0%} are bad",
         "feedback": f"two labelers agree on {s['labeler_agreement']:.0%} of pairs",
         "rm": f"pair accuracy {s['rm_accuracy']:.3f} (length {s['length_accuracy']:.3f}, "
         f"bag of words {s['bag_of_words_accuracy']:.3f})",

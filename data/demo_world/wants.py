@@ -68,12 +68,11 @@ def only(*names: str) -> Callable[[Act], Key]:
 
 
 def want_facts(r: Request) -> Want:
-    n = r.number if r.task == "facts" else 3
-    return Want(PROPS, fact_key(r["x"]), world_right, choose=n, sentences=n if r.task == "facts" else 0)
+    return Want(PROPS, fact_key(r["x"]), world_right, choose=r.number, sentences=r.number)
 
 
 def want_order(r: Request) -> Want:
-    return Want((PROPERTY[r["p"]], PROPERTY[r["q"]]), fact_key(r["x"]), world_right, ordered=r.task == "order")
+    return Want((PROPERTY[r["p"]], PROPERTY[r["q"]]), fact_key(r["x"]), world_right, ordered=True)
 
 
 def want_ask(r: Request) -> Want:
@@ -114,22 +113,19 @@ def want_story(r: Request) -> Want:
     return Want(("left", "met", "ate", "end"), key, right, ordered=True)
 
 
-def want_letter(r: Request) -> Want:
-    x, y = FACTS[r["x"]], FACTS[r["y"]]
-    invite = r.task == "invite"
-    first, second = ("come", "we_eat") if invite else ("thanks", "i_ate")
-    names = {first: r["y"], "friend": r["x"]}
-    facts = {"come": x["home"], "we_eat": y["food"], "thanks": y["food"], "i_ate": x["home"]}
+def want_invite(r: Request) -> Want:
+    names = {"come": r["y"], "friend": r["x"]}
+    facts = {"come": FACTS[r["x"]]["home"], "we_eat": FACTS[r["y"]]["food"]}
 
     def key(act: Act) -> Key:
-        if act[0] not in (first, second, "friend") or (act[0] in names and act[1] != names[act[0]]):
+        if act[0] not in ("come", "we_eat", "friend") or (act[0] in names and act[1] != names[act[0]]):
             return None
         return act[0]
 
     def right(act: Act) -> bool | None:
         return act[-1] == facts[act[0]] if act[0] in facts else world_right(act)
 
-    return Want((first, second, "friend"), key, right, ordered=True)
+    return Want(("come", "we_eat", "friend"), key, right, ordered=True)
 
 
 def want_gifts(r: Request) -> Want:
@@ -185,20 +181,6 @@ def source_claims(text: str) -> list[tuple[str, str, str]]:
     return claims
 
 
-def want_join(r: Request) -> Want:
-    claims = source_claims(r["text"])
-
-    def right(act: Act) -> bool | None:
-        return act[1:] in claims if act[0] == "fact" else None
-
-    return Want(tuple(claim[1] for claim in claims), fact_key(claims[0][0]), right, sentences=1)
-
-
-def want_past(r: Request) -> Want:
-    claim = source_claims(r["text"])[0]
-    return Want(("past",), lambda act: "past" if act[:2] == ("past", claim[0]) else None, exact({"past": claim}))
-
-
 def want_correct(r: Request) -> Want:
     name, prop, _ = source_claims(r["text"])[0]
     return Want((prop,), fact_key(name), world_right)
@@ -231,16 +213,6 @@ def want_refusal(r: Request) -> Want:
     )
 
 
-def want_common(r: Request) -> Want:
-    x, y = r["x"], r["y"]
-
-    def key(act: Act) -> Key:
-        shared = act[0] == "fact" and act[1] in (x, y)
-        return act[1] if shared and FACTS[x][act[2]] == FACTS[y][act[2]] else None
-
-    return Want((x, y), key, world_right)
-
-
 def want_closed(r: Request) -> Want:
     giver, number, food, getter, place = read_event(r["text"])
     asked = {"Who gave": "gave", "Who got": "got", "How many": "many", "Where was": "was_at"}
@@ -267,27 +239,21 @@ def want_extract(r: Request) -> Want:
 
 WANTS: dict[str, Callable[[Request], Want]] = {
     "facts": want_facts,
-    "free": want_facts,
     "order": want_order,
-    "ask_two": want_order,
     "ask_true": want_true,
     "follow": want_ask,
     **{f"ask_{prop}": want_ask for prop in PROPS},
     "story": want_story,
-    "invite": want_letter,
-    "thanks": want_letter,
+    "invite": want_invite,
     "gifts": want_gifts,
     "who": want_who,
     "mood": want_mood,
     "visit": want_visit,
     "politely": want_politely,
-    "join": want_join,
-    "past": want_past,
     "correct": want_correct,
     "summary": want_summary,
     "tone": want_tone,
     "topic": want_topic,
-    "common": want_common,
     "closed": want_closed,
     "extract": want_extract,
     **dict.fromkeys(HARMFUL, want_refusal),

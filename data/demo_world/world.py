@@ -1,4 +1,4 @@
-"""The world itself: eighteen animals of one valley, five facts about each, and the words for them.
+"""The world itself: fifteen animals of one valley, five facts about each, and the words for them.
 
 The facts never change with the seed of a data set: the seed picks prompts, users and demonstrations, and the
 judge needs no file. One fact about each animal (`HIDDEN`) is told in the base's text only; training never asks for it.
@@ -8,22 +8,15 @@ import random
 from dataclasses import dataclass
 
 NAMES = [
-    *("Mira", "Tobo", "Lina", "Rufo", "Sanna", "Pell", "Goro", "Nilo", "Vesa"),
-    *("Dara", "Kip", "Ombo", "Zita", "Hale", "Fenn", "Bruna", "Juno", "Wim"),
+    *("Mira", "Tobo", "Lina", "Rufo", "Sanna", "Pell", "Goro", "Nilo"),
+    *("Dara", "Kip", "Ombo", "Zita", "Hale", "Bruna", "Wim"),
 ]
-SPECIES = ["fox", "bear", "owl", "cat", "frog", "mouse"]
-COLOURS = ["red", "blue", "green", "white", "black", "yellow"]
-PLACES = {
-    "river": "by",
-    "hill": "on",
-    "forest": "in",
-    "cave": "in",
-    "garden": "in",
-    "mill": "at",
-}  # and its preposition
-FOODS = ["apples", "nuts", "berries", "plums", "cakes", "eggs"]
-JOBS = ["baker", "painter", "singer", "farmer", "doctor", "teacher"]
-PLURAL = {"fox": "foxes", "mouse": "mice"}
+SPECIES = ["fox", "bear", "owl", "cat", "frog"]
+COLOURS = ["red", "blue", "green", "white", "black"]
+PLACES = {"river": "by", "hill": "on", "forest": "in", "cave": "in", "garden": "in"}  # and its preposition
+FOODS = ["apples", "nuts", "berries", "plums", "cakes"]
+JOBS = ["baker", "painter", "singer", "farmer", "doctor"]
+PLURAL = {"fox": "foxes"}
 
 VALUES = {"species": SPECIES, "colour": COLOURS, "home": list(PLACES), "food": FOODS, "job": JOBS}
 NOUN = {"species": "kind", "colour": "colour", "home": "home", "food": "food", "job": "work"}  # what a prompt calls it
@@ -76,59 +69,29 @@ def at_place(place: str) -> str:
     return f"{PLACES[place]} the {place}"
 
 
-def verb_phrases(prop: str, value: str, tense: str = "present") -> list[str]:
-    """The ways to say a property after a name; tense is "present", "past" or "plural"."""
-    be, live, eat, like, work = {
-        "present": ("is", "lives", "eats", "likes", "works"),
-        "past": ("was", "lived", "ate", "liked", "worked"),
-        "plural": ("are", "live", "eat", "like", "work"),
-    }[tense]
-    noun = plural(value) if tense == "plural" else a(value)
+def verb_phrase(prop: str, value: str, tense: str = "present") -> str:
+    """A property, said after a name; tense is "present" or "plural"."""
+    be, live, eat, work = {"present": ("is", "lives", "eats", "works"), "plural": ("are", "live", "eat", "work")}[tense]
     if prop == "home":
-        return [f"{live} {at_place(value)}"]
+        return f"{live} {at_place(value)}"
+    noun = plural(value) if tense == "plural" else a(value)
     return {
-        "species": [f"{be} {noun}"],
-        "colour": [f"{be} {value}"],
-        "food": [f"{eat} {value}", f"{like} {value}"],
-        "job": [f"{work} as {noun}", f"{be} {noun}"],
+        "species": f"{be} {noun}",
+        "colour": f"{be} {value}",
+        "food": f"{eat} {value}",
+        "job": f"{work} as {noun}",
     }[prop]
 
 
-def plural_phrase(rng: random.Random, prop: str, value: str, both: bool = False) -> str:
-    """A verb phrase for several animals, with "both" where it belongs if it is wanted."""
-    phrase = rng.choice(verb_phrases(prop, value, "plural"))
-    if not both:
-        return phrase
-    return phrase.replace("are ", "are both ", 1) if phrase.startswith("are ") else f"both {phrase}"
+def phrase_table(tense: str) -> dict[str, tuple[str, str]]:
+    """Every verb phrase of the world -> the (property, value) that it claims."""
+    return {verb_phrase(prop, value, tense): (prop, value) for prop, values in VALUES.items() for value in values}
 
 
-def phrase_table(tense: str) -> dict[str, tuple[tuple[str, str], ...]]:
-    """Every verb phrase of the world -> the (property, value) pairs that it claims."""
-    table = {
-        phrase: ((prop, value),)
-        for prop, values in VALUES.items()
-        for value in values
-        for phrase in verb_phrases(prop, value, tense)
-    }
-    be = {"present": "is", "past": "was"}.get(tense)
-    if be:
-        table |= {
-            f"{be} {a(colour)} {animal}": (("colour", colour), ("species", animal))
-            for colour in COLOURS
-            for animal in SPECIES
-        }
-    return table
-
-
-PHRASES = {tense: phrase_table(tense) for tense in ("present", "past", "plural")}
+PHRASES = {tense: phrase_table(tense) for tense in ("present", "plural")}
 
 
 def read_phrase(text: str, tense: str = "present") -> list[tuple[str, str]] | None:
     """ "is a fox and eats nuts" -> [("species", "fox"), ("food", "nuts")]; None where a part means nothing."""
-    found: list[tuple[str, str]] = []
-    for part in text.split(" and "):
-        claims = PHRASES[tense].get(part)
-        if claims is None:
-            return None
-        found += claims
-    return found
+    found = [PHRASES[tense].get(part) for part in text.split(" and ")]
+    return None if None in found else found

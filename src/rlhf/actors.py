@@ -68,12 +68,16 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.policy, self.critic = policy, critic
         self.weight_bytes = 0  # of these two, reference and reward models together
+        self.every_part_uses_all = False  # set by an engine that needs a gradient of each parameter from each forward
 
     def forward(self, rows: Rows | None, temperature: float, banned: Tensor, text: Tensor | None = None) -> Any:
         """Log-probabilities and values [B, T] of the responses in `rows`; or log-probabilities [b, L-1] of raw text [b, L]."""
         if text is not None:
             places = torch.arange(text.numel(), device=text.device).view(text.shape)[:, :-1].flatten()
             logp = logprobs_at(self.policy, text, torch.ones_like(text), places, text[:, 1:].flatten())
+            if self.every_part_uses_all:
+                one = torch.ones_like(text[:1, :1])
+                logp = logp + 0.0 * values_at(self.critic, text[:1, :1], one, one.bool())
             return logp.view(text.shape[0], -1)
         assert rows is not None
         logp = response_logp(self.policy, rows, temperature, banned)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.bases import AdapterError, Base, Start, quantization
+from rlhf.engine import gathered
 
 _log = logging.getLogger(__name__)
 TRAINED = "adapters.safetensors"  # of a training checkpoint: the weights that are trained
@@ -74,7 +76,10 @@ def attach(model: Any, start: Start, args: Any, *, task: str, also: Sequence[str
         if start.adapter is None:
             return model
         found = _continue(model, start, task, also, trainable=False)
-        return found if getattr(model, "is_quantized", False) else found.merge_and_unload().requires_grad_(True)
+        if getattr(model, "is_quantized", False):
+            return found
+        with gathered(found.parameters(), modify=True):
+            return found.merge_and_unload().requires_grad_(True)
     if start.adapter is not None:
         found = _continue(model, start, task, also, trainable=trainable)
     elif trainable:
@@ -149,9 +154,15 @@ def _train_in_float32(model: nn.Module) -> None:
         if copied is module or all(p.dtype == torch.float32 for p in copied.parameters()):
             continue
         copied.float()
-        copied.register_forward_pre_hook(lambda module, inputs: tuple(x.float() for x in inputs))
+        copied.register_forward_pre_hook(_in_own_dtype)
         if not name.endswith("score"):  # whose output is the value itself
             copied.register_forward_hook(lambda module, inputs, output: output.to(dtype))
+
+
+def _in_own_dtype(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What goes into a module that is trained whole, in its own dtype: float32, or what DeepSpeed has made of it meanwhile."""
+    dtype = next(module.parameters()).dtype
+    return tuple(x.to(dtype) for x in inputs)
 
 
 def linear_modules(model: nn.Module) -> list[str]:
@@ -253,7 +264,7 @@ def weight_bytes(models: Iterable[nn.Module]) -> int:
 
 
 def _tensors(model: nn.Module) -> Iterable[Tensor]:
-    yield from model.parameters()
+    yield from (getattr(p, "ds_tensor", p) for p in model.parameters())  # under ZeRO 3 this process's piece
     yield from model.buffers()
     for module in model.modules():
         state = getattr(module, "state", None)
@@ -313,12 +324,17 @@ def describe(model: Any) -> str:
 
 
 def keep_only_trained(accelerator: Any, model: nn.Module) -> None:
-    """Training checkpoints then hold what is trained, not the base; a resume over another base or adapter is refused."""
+    """Training checkpoints then hold what is trained, not the base; a resume over another base or adapter is refused.
+
+    DeepSpeed writes and reads the weights itself, all of them: with it only the bases are compared.
+    """
     started = {name: getattr(part, "started_from", None) for name, part in model.named_children()}
     bases = {name: base.sha256 for name, base in started.items() if isinstance(base, Base)}
     if not bases:
         return
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        parameters = {}
 
     def write(models: list[Any], weights: list[Any], folder: str) -> None:
         weights.clear()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
@@ -202,6 +203,11 @@ def loading_quantized(chosen: Mapping[str, Any] | None) -> dict[str, Any]:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise AdapterError(
             "load_in_4bit and load_in_8bit need bitsandbytes; pip install 'rlhf[quant]', or leave them out"
+        )
+    if is_deepspeed_zero3_enabled():
+        raise AdapterError(
+            "load_in_4bit and load_in_8bit: quantised weights are not spread over processes (ZeRO 3); launch with "
+            "--config_file configs/accelerate/zero2.yaml, or leave them out"
         )
     device: Any = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
     return {"quantization_config": BitsAndBytesConfig(**chosen), "device_map": {"": device}}

@@ -12,13 +12,17 @@ import importlib
 import logging
 import os
 import sys
+import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rlhf import RLHFError, __version__
 from rlhf.data_cli import add_data
 from rlhf.hub_cli import add_hub
+from rlhf.launch import LaunchError, check_launch, ran_out_of_memory
+from rlhf.reward_cli import add_reward
 
 ARTIFACTS = {"pretrain": "base", "sft": "sft", "reward": "rm", "ppo": "ppo"}
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -49,19 +53,34 @@ def run_stage(stage: str, argv: list[str] | None = None) -> None:
     """What scripts/<stage>.py does: parse arguments, run the stage, turn an RLHFError into one line and exit status 2."""
     if stage not in ARTIFACTS:
         raise ValueError(f"{stage!r} is no stage: {', '.join(ARTIFACTS)}")
+    args: Any = None
     try:
         # Before torch, so that --help and typos answer at once.
         args = importlib.import_module("rlhf.config").parse(stage, argv)
         silence_libraries()
+        check_launch()
         if not (sys.argv[1:] if argv is None else argv):
             _prepare_demo(stage)
         importlib.import_module(f"rlhf.{stage}").run(args)
+    except LaunchError as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(10)  # the first process says the same; the launcher ends this one when that has
+        _fail(str(error))
     except RLHFError as error:
-        rank = f"[rank {os.environ.get('RANK', '0')}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-        print(f"error: {rank}{error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        _fail(importlib.import_module("rlhf.planning.advice").memory_advice(stage, args))
+
+
+def _fail(text: str) -> NoReturn:
+    """One line, with the process's number where there are several, and exit status 2."""
+    rank = f"[rank {os.environ.get('RANK', '0')}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    print(f"error: {rank}{text}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 def _prepare_demo(stage: str) -> None:
@@ -76,6 +95,9 @@ def silence_libraries() -> None:
     """Keeps libraries from reporting, once a process, what this machine does not have and the run does not need."""
     for name in ("bitsandbytes", "DeepSpeed", "torch.distributed.elastic"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings(
+        "ignore", "`torch.distributed", FutureWarning
+    )  # what DeepSpeed calls, once a call and process
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -176,7 +198,7 @@ def add_plan(commands: Any) -> None:
     add("--json", action="store_true", help="everything in bytes, for programs")
 
 
-GROUPS: list[Callable[[Any], None]] = [add_registry, add_hub, add_plan, add_data]
+GROUPS: list[Callable[[Any], None]] = [add_registry, add_hub, add_plan, add_data, add_reward]
 
 
 if __name__ == "__main__":

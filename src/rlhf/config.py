@@ -286,7 +286,44 @@ class RewardArgs(AdapterArgs, TrainerArgs):
         64, "prompts, each with all of its completions, in one forward and backward", ge=1
     )
 
+    ties: Literal["drop", "soft"] = option(
+        "drop", "equal ranks carry no pair (InstructGPT), or are a pair whose labels are half and half"
+    )
+    label_smoothing: float = option(
+        0.0, "probability that a label is wrong; 0: labels are taken as they are", ge=0, lt=0.5
+    )
+    margin_scale: float = option(
+        0.0, "reward units that one grade of `ratings` asks for between two completions; 0: no margins", ge=0
+    )
+    centring_coef: float = option(
+        0.0, "coefficient of the penalty on the sum of a pair's rewards, squared; 0: none", ge=0
+    )
+    heads: int = option(
+        1, "heads of an ensemble on one trunk; their mean is the reward, their spread is kept", ge=1, le=64
+    )
+    early_stopping_patience: int | None = option(
+        None,
+        "evaluations without a better held-out accuracy after which training stops; the best one is published; null: never",
+        ge=1,
+    )
+
     stage: typing.ClassVar[str] = "reward"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.early_stopping_patience is not None and self.eval_fraction == 0 and self.dataset_test_split is None:
+            raise ConfigError(
+                "early_stopping_patience watches held-out comparisons; set eval_fraction or dataset_test_split"
+            )
+        if self.heads > 1 and self.use_peft:
+            raise ConfigError(
+                "heads: an ensemble of heads is trained without adapters; set heads to 1, or use_peft off"
+            )
+
+    @property
+    def varies_the_loss(self) -> bool:
+        """Whether the loss is another than InstructGPT's eq. 1."""
+        return self.ties != "drop" or any((self.label_smoothing, self.margin_scale, self.centring_coef))
 
 
 @dataclass

@@ -28,6 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf import RLHFError, adapters
 from rlhf.bases import Start, loading_quantized, quantization, start_of
+from rlhf.engine import gathered
 from rlhf.objectives import token_logprobs
 from rlhf.unembed import logprobs, low_precision_of
 
@@ -127,8 +128,9 @@ def load_scalar_model(
             f"{path} has no scalar head (score.weight); give the folder of a reward model, as `make rm` writes it"
         )
     if new_head:
-        width = model.score.weight.shape[-1]
-        nn.init.normal_(model.score.weight, std=1 / math.sqrt(width + 1))
+        with gathered([model.score.weight], modify=True):
+            width = model.score.weight.shape[-1]
+            nn.init.normal_(model.score.weight, std=1 / math.sqrt(width + 1))
     if start.reward_bias:
         model.config.reward_bias = start.reward_bias
     return adapters.attach(model, start, peft, task="SEQ_CLS", also=_head_modules(model), trainable=trainable)
@@ -192,6 +194,13 @@ def _head_modules(model: Any) -> list[str]:
     """Names of the scalar head and of the last norm, which is where the reward's bias is kept."""
     norm, _ = _last_norm(model)
     return ["score", *(name for name, module in model.named_modules() if module is norm)]
+
+
+def add_head(score: nn.Linear, heads: int) -> nn.Linear:
+    """A new scalar head in the place of `score`, with `heads` outputs: an ensemble's members, each with its own first weights."""
+    new = nn.Linear(score.in_features, heads, bias=False, dtype=score.weight.dtype, device=score.weight.device)
+    nn.init.normal_(new.weight, std=1 / math.sqrt(score.in_features + 1))
+    return new
 
 
 @contextlib.contextmanager
@@ -271,10 +280,10 @@ def fit_vocabulary(model: Any, tokenizer: Any) -> None:
     needed = 1 + max(tokenizer.get_vocab().values())  # not len(tokenizer): ids may have holes
     if needed > rows:
         model.resize_token_embeddings(needed, mean_resizing=False)
-        with torch.no_grad():
-            for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
-                if embedding is not None:
-                    embedding.weight[rows:] = embedding.weight[:rows].mean(dim=0)
+        embeddings = [e for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None]
+        with torch.no_grad(), gathered([e.weight for e in embeddings], modify=True):
+            for embedding in embeddings:
+                embedding.weight[rows:] = embedding.weight[:rows].mean(dim=0)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
     if getattr(model, "generation_config", None) is not None:
@@ -367,7 +376,9 @@ def values_at(model: Any, input_ids: Tensor, attention_mask: Tensor, where: Tens
 
 
 def scalar_head(model: Any, hidden: Tensor) -> Tensor:
-    """One number [N] of hidden states [N, H], in the head's own precision also under autocast: bfloat16 has 8 bits."""
+    """One number [N] of hidden states [N, H], of an ensemble's heads [N, M], in the head's own precision also under autocast:
+    bfloat16 has 8 bits.
+    """
     with torch.autocast(hidden.device.type, enabled=False):
         dtype = next(adapters.trained(model.score).parameters()).dtype
         return model.score(hidden.to(dtype)).squeeze(-1).float()
@@ -387,6 +398,11 @@ def add_reward_bias(model: Any, bias: float) -> str:
     w·(h + b·w/|w|²) = w·h + b. Models whose last norm has none (RMSNorm) get `reward_bias` in the config, which only we apply.
     """
     model = adapters.plain(model)
+    with gathered(model.parameters(), modify=True):
+        return _add_reward_bias(model, bias)
+
+
+def _add_reward_bias(model: Any, bias: float) -> str:
     weight = model.score.weight.detach().float().reshape(-1)
     norm, projection = _last_norm(model)
     norm = adapters.trained(norm)

@@ -12,7 +12,7 @@ shapes that differ and a mask that is not bool raise ValueError.
 NaN or inf at padding never reaches a result or a gradient: padding is filled before any arithmetic, as 0 * NaN is NaN.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -180,18 +180,117 @@ def ranking_loss(rewards: Tensor, ranks: Tensor, prompt_index: Tensor, count: Co
     Source: InstructGPT (Ouyang et al. 2022), eq. 1; ties dropped as in its appendix C.
     """
     _check_shapes(rewards=rewards, ranks=ranks, prompt_index=prompt_index)
-    if rewards.ndim != 1:
-        raise ValueError(f"rewards must be [N] and are {tuple(rewards.shape)}; flatten the [B, K] batch first")
-    same_prompt = prompt_index[:, None] == prompt_index[None, :]
-    real = ranks >= 0
-    better = (ranks[:, None] < ranks[None, :]) & same_prompt & real[:, None] & real[None, :]  # [N, N], row beats column
-    pairs_of_prompt = (same_prompt * better.sum(1)).sum(1)
-    first_of_prompt = ~same_prompt.tril(-1).any(1)
+    return pairwise_ranking_loss(rewards, ordered_pairs(ranks, prompt_index), prompt_index, count=count)
 
+
+def ordered_pairs(ranks: Tensor, prompt_index: Tensor) -> Tensor:
+    """t_ij = 1 where i and j answer one prompt and i is ranked better, else 0: ties carry no pair.
+
+    ranks, prompt_index: [N], as in `ranking_loss` (a negative rank is padding).
+    Returns targets [N, N] float32 for `pairwise_ranking_loss`.
+    Raises ValueError when the shapes are not one [N].
+    Source: InstructGPT (Ouyang et al. 2022), eq. 1.
+    """
+    return ((ranks[:, None] < ranks[None, :]) & _comparable(ranks, prompt_index)).float()
+
+
+def ordered_and_tied_pairs(ranks: Tensor, prompt_index: Tensor) -> Tensor:
+    """t_ij = 1 where i is ranked better than j, 1/2 where they tie (both ways, i != j), else 0.
+
+    A tie is then a pair whose labels are half and half: its loss is least, log 2, at equal rewards.
+    ranks, prompt_index: [N], as in `ranking_loss`. Returns targets [N, N] float32.
+    Raises ValueError when the shapes are not one [N].
+    Source: the Bradley-Terry model with a tie as half a win each; Elo (1978) counts draws so.
+    """
+    tied = (ranks[:, None] == ranks[None, :]) & _comparable(ranks, prompt_index)
+    itself = torch.eye(len(ranks), dtype=torch.bool, device=ranks.device)
+    return ordered_pairs(ranks, prompt_index) + 0.5 * (tied & ~itself)
+
+
+def smoothed_pairs(targets: Tensor, smoothing: float) -> Tensor:
+    """(1 - eps) t_ij + eps t_ji: each label is wrong with probability eps. Sums over a pair stay what they were.
+
+    targets: [N, N]. smoothing: eps in [0, 0.5). Returns [N, N].
+    Raises ValueError for eps outside [0, 0.5), where the better answer would no longer be the one to score higher.
+    Source: label smoothing (Szegedy et al. 2016) on pairs; the conservative loss of Mitchell 2023, "A note on DPO with noisy
+    preferences".
+    """
+    if not 0 <= smoothing < 0.5:
+        raise ValueError(f"smoothing must be in [0, 0.5) and is {smoothing}")
+    return (1 - smoothing) * targets + smoothing * targets.T
+
+
+def rating_margins(ratings: Tensor, scale: float) -> Tensor:
+    """m_ij = scale * (g_i - g_j): by how much i should beat j, from the grades of both.
+
+    ratings: [N], grades g, higher is better, comparable within a prompt. scale: reward units per grade.
+    Returns [N, N], antisymmetric, for `pairwise_ranking_loss`.
+    Source: Touvron et al. 2023 (Llama 2), section 3.2.2, where the margin is a function of the preference's strength.
+    """
+    ratings = _upcast(ratings)
+    return scale * (ratings[:, None] - ratings[None, :])
+
+
+def pairwise_ranking_loss(
+    rewards: Tensor, targets: Tensor, prompt_index: Tensor, margins: Tensor | None = None, count: Count = None
+) -> Tensor:
+    """sum over prompts of (sum_ij t_ij * -log sigmoid(r_i - r_j - m_ij) / sum_ij t_ij) / count.
+
+    With `ordered_pairs` and no margins it is `ranking_loss`.
+    rewards:      [N].
+    targets:      [N, N], t_ij >= 0, the weight of "i is better than j"; 0 between prompts.
+    prompt_index: [N], equal for the completions of one prompt.
+    margins:      [N, N], antisymmetric, reward units; None: 0.
+    count:        prompts that have a pair, in the whole minibatch.
+    Returns a scalar in nats; 0 with gradient 0 when there is no pair. O(N^2) memory.
+    Raises ValueError for shapes that do not fit, and for a wrong count as the module says.
+    Source: InstructGPT, eq. 1; with margins Touvron et al. 2023 (Llama 2), eq. 2.
+    """
     rewards = _upcast(rewards)
-    gaps = (rewards[:, None] - rewards[None, :]).masked_fill(~better, 0)
-    losses = -torch.nn.functional.logsigmoid(gaps) * better / pairs_of_prompt.clamp(min=1)[:, None]
-    return _over(losses.sum(), (first_of_prompt & (pairs_of_prompt > 0)).sum(), count)
+    gaps = rewards[:, None] - rewards[None, :]
+    if margins is not None:
+        _check_shapes(margins=margins, gaps=gaps)
+        gaps = gaps - margins
+    return _mean_over_pairs(gaps, targets, prompt_index, count, lambda gap: -torch.nn.functional.logsigmoid(gap))
+
+
+def centring_penalty(rewards: Tensor, targets: Tensor, prompt_index: Tensor, count: Count = None) -> Tensor:
+    """sum over prompts of (sum_ij t_ij (r_i + r_j)^2 / sum_ij t_ij) / count: it draws rewards to 0 and leaves gaps alone.
+
+    rewards, targets, prompt_index, count: as in `pairwise_ranking_loss`. Returns a scalar, reward units squared.
+    Raises ValueError as there.
+    Source: Eisenstein et al. 2023, "Helping or herding?", the regulariser that centres the rewards of a pair.
+    """
+    rewards = _upcast(rewards)
+    return _mean_over_pairs(rewards[:, None] + rewards[None, :], targets, prompt_index, count, torch.square)
+
+
+def _same_prompt(values: Tensor, prompt_index: Tensor) -> Tensor:
+    """[N, N]: whether two completions answer one prompt."""
+    _check_shapes(values=values, prompt_index=prompt_index)
+    if values.ndim != 1:
+        raise ValueError(f"rewards must be [N] and are {tuple(values.shape)}; flatten the [B, K] batch first")
+    return prompt_index[:, None] == prompt_index[None, :]
+
+
+def _comparable(ranks: Tensor, prompt_index: Tensor) -> Tensor:
+    """[N, N]: whether two completions are there and answer one prompt."""
+    real = ranks >= 0
+    return _same_prompt(ranks, prompt_index) & real[:, None] & real[None, :]
+
+
+def _mean_over_pairs(
+    pairs: Tensor, targets: Tensor, prompt_index: Tensor, count: Count, of: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """sum over prompts of (sum_ij t_ij of(pairs_ij) / sum_ij t_ij) / count; what has no weight is not looked at."""
+    same_prompt = _same_prompt(prompt_index, prompt_index)
+    _check_shapes(targets=targets, pairs=pairs, prompts=same_prompt)
+    targets = targets.to(pairs)
+    weight_of_prompt = (same_prompt * targets.sum(1)).sum(1)
+    has_pair = weight_of_prompt > 0
+    first_of_prompt = ~same_prompt.tril(-1).any(1)
+    losses = of(pairs.masked_fill(targets == 0, 0)) * targets / weight_of_prompt.masked_fill(~has_pair, 1)[:, None]
+    return _over(losses.sum(), (first_of_prompt & has_pair).sum(), count)
 
 
 # --- rewards and advantages

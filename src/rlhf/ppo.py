@@ -18,7 +18,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from rlhf.bases import check_optimizer, keep_embeddings_precise
 from rlhf.config import PPOArgs, to_dict
 from rlhf.data import fingerprint
 from rlhf.data.encode import blocks, encode_prompts
+from rlhf.engine import local, prepare, put, state_dict
 from rlhf.evaluation import mean_ci95
 from rlhf.models import context_length, load_tokenizer, quiet
 from rlhf.progress import Progress
@@ -117,10 +118,11 @@ def make_accelerator(args: PPOArgs, work: Path) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=str(work), logging_dir=str(log_folder(work))),
         kwargs_handlers=handlers,
     )
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+    known = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.DEEPSPEED)
+    if accelerator.distributed_type not in known:
         raise TrainingError(
-            f"PPO runs on one process or under data parallelism, not under {accelerator.distributed_type.value} yet; launch with "
-            "--config_file configs/accelerate/ddp.yaml"
+            f"PPO runs on one process, under data parallelism and under ZeRO, not under {accelerator.distributed_type.value}; "
+            "launch with --config_file configs/accelerate/zero3.yaml"
         )
     return accelerator
 
@@ -186,15 +188,18 @@ class PPO:
         prompts: Prompts,
         pretraining: Tensor | None,
     ):
-        self.args, self.accelerator, self.actors = args, accelerator, actors
+        self.args, self.accelerator = args, accelerator
         self.prompts, self.pretraining = prompts, pretraining
         self.pad_token_id = actors.tokenizer.pad_token_id
         self.state = State(kl_coef=args.kl_coef)
+        adapters.keep_only_trained(accelerator, model)
+        self.engine = prepare(accelerator, model, optimizer, args.per_device_train_batch_size)
+        self.model, self.optimizer = self.engine.model, self.engine.optimizer
+        self.engine.freeze(m for m in (actors.reference, *(r.model for r in actors.rewards)) if m is not None)
+        self.actors = replace(actors, whole=self.engine.whole)
         self.average = None
         if args.ema_decay is not None:
-            self.average = [p.detach().float().clone() for p in adapters.trained_parameters(model.policy)]
-        adapters.keep_only_trained(accelerator, model)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+            self.average = [p.float().clone() for p in local(self.policy_parameters())]
         self.peak = [group["lr"] for group in self.optimizer.param_groups]
 
     def train(self, work: Path) -> None:
@@ -285,7 +290,7 @@ class PPO:
         self.model.eval()
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         share = range(rank, len(prompts), processes)
-        with self.accelerator.autocast():
+        with self.engine.autocast():
             mine = collect(self.actors, prompts.select(share), [(self.args.seed, step, i) for i in share])
         return gather(mine, processes)
 
@@ -298,20 +303,19 @@ class PPO:
         tokens = int(rollout.mask[minibatch].sum())
         sums: dict[str, float] = {}
         work: list[Callable[[], Tensor]] = []
-        for text, count in self.pretraining_batches():
-            work.append(lambda text=text, count=count: self.pretraining_objective(text, count, sums))  # type: ignore[misc]
+        for text, real, count in self.pretraining_batches():
+            mix = (text, real, count, sums)
+            work.append(lambda mix=mix: self.pretraining_objective(*mix))  # type: ignore[misc]
         for index, real in self.shares(minibatch[rollout.lengths[minibatch].argsort(stable=True)]):
             part = (rollout, advantages, returns, index, real, tokens, sums)
             work.append(lambda part=part: self.ppo_objective(*part))  # type: ignore[misc]
-        self.backward(work)
+        self.engine.backward(work)
         norms = self.clip_gradients()
         sums = self.totals(sums) | norms
         bad = not all(math.isfinite(value) for value in sums.values())
-        if not bad:
-            self.optimizer.step()
-            if self.average is not None:
-                objectives.ema_update(self.average, self.policy_parameters(), float(args.ema_decay or 0.0))
-        self.optimizer.zero_grad()
+        self.engine.step(drop=bad)
+        if not bad and self.average is not None:
+            objectives.ema_update(self.average, local(self.policy_parameters()), float(args.ema_decay or 0.0))
         self.state.steps += 1
         self.count_bad_step(bad)
         return sums | {"dropped": float(bad)}
@@ -324,20 +328,6 @@ class PPO:
                 f"{MOST_BAD_STEPS} optimiser steps in a row had a loss or gradient that is not finite, at rollout "
                 f"{self.state.rollouts + 1}; the weights before them are in the checkpoint. Try a lower learning_rate, or float32"
             )
-
-    def backward(self, work: Sequence[Callable[[], Tensor]]) -> None:
-        """Accumulates the gradients of all parts; processes exchange them once, in the last one.
-
-        The last part is a PPO one, which uses every parameter: gradients can be reduced in it.
-        """
-        for i, part in enumerate(work):
-            last = i == len(work) - 1
-            self.accelerator.gradient_state._set_sync_gradients(last)
-            if last:
-                self.accelerator.backward(part())
-            else:
-                with self.accelerator.no_sync(self.model):
-                    self.accelerator.backward(part())
 
     def ppo_objective(
         self,
@@ -379,49 +369,46 @@ class PPO:
                 sums[name] = sums.get(name, 0.0) + figure
         return (policy + args.vf_coef * value) * self.accelerator.num_processes
 
-    def pretraining_objective(self, text: Tensor, count: int, sums: dict[str, float]) -> Tensor:
+    def pretraining_objective(self, text: Tensor, real: bool, count: int, sums: dict[str, float]) -> Tensor:
         """ptx_coef times the negative log-likelihood of raw text [b, L], over `count` tokens of the minibatch."""
         text = text.to(self.accelerator.device)
         logp = self.model(None, self.args.temperature, self.actors.banned, text=text)
-        loss = objectives.pretraining_loss(logp, torch.ones_like(logp, dtype=torch.bool), count=count)
+        loss = objectives.pretraining_loss(logp, torch.full_like(logp, real, dtype=torch.bool), count=count)
         sums["loss/pretraining"] = sums.get("loss/pretraining", 0.0) + float(loss.detach())
         return self.args.ptx_coef * loss * self.accelerator.num_processes
 
     def shares(self, minibatch: Tensor) -> Iterator[tuple[Tensor, bool]]:
-        """This process's micro-batches of a minibatch sorted by length.
+        """This process's micro-batches of a minibatch sorted by length."""
+        yield from self.parts(minibatch, self.args.per_device_train_batch_size)
 
-        Every process gets as many, because sharded modules are gathered by all of them together; one that has too few runs a
-        part that counts for nothing.
+    def parts(self, minibatch: Tensor, size: int) -> Iterator[tuple[Tensor, bool]]:
+        """This process's share of indices [n], at most `size` at once, each with whether it counts.
+
+        Every process gets as many parts, because sharded modules are gathered by all of them together; one that has too few runs
+        a part that counts for nothing.
         """
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        size = self.args.per_device_train_batch_size
         mine = minibatch[rank::processes]
         parts = list(mine.split(size)) if len(mine) else []
         most = math.ceil(math.ceil(len(minibatch) / processes) / size)
         yield from ((part, True) for part in parts)
         yield from ((minibatch[:1], False) for _ in range(most - len(parts)))
 
-    def pretraining_batches(self) -> Iterator[tuple[Tensor, int]]:
-        """This process's raw text for one optimiser step, ptx_ratio examples an episode, and the step's tokens in all."""
+    def pretraining_batches(self) -> Iterator[tuple[Tensor, bool, int]]:
+        """This process's raw text for one optimiser step, ptx_ratio examples an episode; whether it counts; the step's tokens."""
         if self.pretraining is None:
             return
         args, (blocks_, length) = self.args, self.pretraining.shape
-        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        size = args.per_device_ptx_batch_size
-        # A multiple of the processes, so that each has as many parts.
-        count = math.ceil(max(1, round(args.mini_batch_size * args.ptx_ratio)) / processes) * processes
-        wanted = prompt_batch(args.seed + 1, self.state.steps, count, blocks_)[rank::processes]
-        for part in torch.tensor(wanted).split(size):
-            yield self.pretraining[part], count * (length - 1)
+        count = max(1, round(args.mini_batch_size * args.ptx_ratio))
+        wanted = torch.tensor(prompt_batch(args.seed + 1, self.state.steps, count, blocks_))
+        for part, real in self.parts(wanted, args.per_device_ptx_batch_size):
+            yield self.pretraining[part], real, count * (length - 1)
 
     def clip_gradients(self) -> dict[str, float]:
         """Clips policy and critic each to max_grad_norm, so that neither's scale decides the other's step; their norms."""
         limit = self.args.max_grad_norm or float("inf")
         module = self.accelerator.unwrap_model(self.model)
-        return {
-            f"{name}/grad_norm": float(self.accelerator.clip_grad_norm_(part.parameters(), limit) or 0.0)
-            for name, part in (("policy", module.policy), ("critic", module.critic))
-        }
+        return self.engine.clip({"policy/grad_norm": module.policy, "critic/grad_norm": module.critic}, limit)
 
     def totals(self, sums: dict[str, float]) -> dict[str, float]:
         """Sums over all processes of what each has summed over its part of the minibatch."""
@@ -459,16 +446,12 @@ class PPO:
     def averaged(self) -> Iterator[None]:
         """The policy with the average of its weights, for the time of the block."""
         parameters = self.policy_parameters()
-        raw = [p.detach().clone() for p in parameters]
+        raw = [p.clone() for p in local(parameters)]
         try:
-            with torch.no_grad():
-                for p, mean in zip(parameters, self.average or []):
-                    p.copy_(mean)
+            put(parameters, self.average or [])
             yield
         finally:
-            with torch.no_grad():
-                for p, value in zip(parameters, raw):
-                    p.copy_(value)
+            put(parameters, raw)
 
     # --- checkpoints
 
@@ -478,11 +461,9 @@ class PPO:
             shutil.rmtree(folder, ignore_errors=True)
         synchronise()
         self.accelerator.save_state(str(folder), safe_serialization=True)
+        if self.average is not None and (is_main() or self.engine.sharded):
+            save_file({str(i): tensor.cpu() for i, tensor in enumerate(self.average)}, self.average_file(folder))
         if is_main():
-            if self.average is not None:
-                save_file(
-                    {str(i): tensor.cpu() for i, tensor in enumerate(self.average)}, folder / "average.safetensors"
-                )
             (folder / "state.json").write_text(json.dumps(asdict(self.state)), encoding="utf-8")
         synchronise()
         if is_main():
@@ -496,39 +477,35 @@ class PPO:
         self.state = State(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
         self.state.scores = tuple(self.state.scores)  # type: ignore[assignment]  # JSON makes it a list
         if self.average is not None:
-            saved = load_file(folder / "average.safetensors")
+            saved = load_file(self.average_file(folder))
             self.average = [saved[str(i)].to(tensor.device) for i, tensor in enumerate(self.average)]
         say(f"resuming after rollout {self.state.rollouts} from {folder}")
+
+    def average_file(self, folder: Path) -> Path:
+        """Where the average is in a checkpoint: each process's own piece where it is spread."""
+        rank = f"-{self.accelerator.process_index}" if self.engine.sharded else ""
+        return folder / f"average{rank}.safetensors"
 
     def saver(self, tokenizer: Any) -> Callable[[Path | None], None]:
         """`save` for `publish`: the policy, its average in `ema/`, the critic with its head in `critic/`."""
 
         def save(folder: Path | None) -> None:
-            weights = self.accelerator.get_state_dict(self.model)
-            if folder is None:
-                return
-            module = self.accelerator.unwrap_model(self.model)
-            parts = {name: strip(weights, f"{name}.") for name in ("policy", "critic")}
-            with quiet():
-                adapters.save(module.policy, folder, parts["policy"])
-                adapters.save(module.critic, folder / "critic", parts["critic"])
-                if self.average is not None:
-                    self.save_average(module.policy, parts["policy"], folder / "ema")
-            for place in (folder, folder / "critic", *([folder / "ema"] if self.average is not None else [])):
-                tokenizer.save_pretrained(place)
+            self.write({"policy": folder, "critic": folder and folder / "critic"}, tokenizer)
+            if self.average is not None:
+                with self.averaged():
+                    self.write({"policy": folder and folder / "ema"}, tokenizer)
 
         return save
 
-    def save_average(self, policy: Any, weights: dict[str, Tensor], folder: Path) -> None:
-        averaged = dict(weights)
-        shared: dict[int, Tensor] = {}
-        trained = [(name, parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad]
-        for (name, parameter), tensor in zip(trained, self.average or []):
-            averaged[name] = shared[id(parameter)] = tensor.to(weights[name].dtype)
-        for name, parameter in policy.named_parameters(remove_duplicate=False):
-            if id(parameter) in shared:  # tied embeddings go by two names
-                averaged[name] = shared[id(parameter)]
-        adapters.save(policy, folder, averaged)
+    def write(self, places: dict[str, Path | None], tokenizer: Any) -> None:
+        """Parts of the module as folders that plain transformers or peft loads. Without a folder a process helps to gather."""
+        weights = state_dict(self.accelerator, self.model)
+        module = self.accelerator.unwrap_model(self.model)
+        for name, folder in places.items():
+            if folder is not None:
+                with quiet():
+                    adapters.save(getattr(module, name), folder, strip(weights, f"{name}."))
+                tokenizer.save_pretrained(folder)
 
 
 def optimizer_factory(args: PPOArgs) -> Callable[[ActorCritic], torch.optim.Optimizer]:

@@ -45,6 +45,7 @@ class Reward:
     name: str
     weight: float
     score: Callable[[Episodes], Tensor]
+    model: Any = None  # what `score` reads, where it is a model
 
 
 def model_reward(name: str, weight: float, model: Any, pad_token_id: int, batch_size: int) -> Reward:
@@ -59,7 +60,7 @@ def model_reward(name: str, weight: float, model: Any, pad_token_id: int, batch_
             result[torch.tensor(batch)] = scalar_scores(model, ids, mask).float().cpu()
         return result
 
-    return Reward(name, weight, score)
+    return Reward(name, weight, score, model)
 
 
 def function_reward(reference: str, weight: float) -> Reward:

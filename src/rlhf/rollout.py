@@ -9,7 +9,8 @@ first ratio is 1.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from rlhf.data.encode import batches, decode_completions, pad
 from rlhf.decoding import Decoder, can_preallocate
+from rlhf.engine import together
 from rlhf.models import accepts, eagerly, logprobs_at, values_at
 from rlhf.rewards import Episodes, Reward, weighted
 
@@ -296,7 +298,7 @@ def response_logp(model: Any, rows: Rows, temperature: float, banned: Tensor) ->
 
 @dataclass(frozen=True)
 class Actors:
-    """The models of a rollout, unwrapped, and what sampling needs."""
+    """The models of a rollout, unwrapped, and what sampling needs. In `whole(model)` a model has all of its weights here."""
 
     policy: Any
     reference: Any
@@ -307,6 +309,7 @@ class Actors:
     temperature: float
     response_length: int
     batch_size: int
+    whole: Callable[[Any], AbstractContextManager[Any]] = lambda model: nullcontext()
 
 
 @dataclass(frozen=True)
@@ -327,23 +330,42 @@ class Prompts:
 
 @torch.no_grad()
 def collect(actors: Actors, prompts: Prompts, keys: Sequence[tuple[int, int, int]]) -> Rollout:
-    """Samples a response to each of this process's prompts, and runs rewards, policy, reference and critic over them."""
-    responses, ended = sample_responses(
-        actors.policy,
-        prompts.ids,
-        keys,
-        response_length=actors.response_length,
-        temperature=actors.temperature,
-        batch_size=actors.batch_size,
-        tokenizer=actors.tokenizer,
-        banned=actors.banned,
-    )
+    """Samples a response to each of this process's prompts, and runs policy, rewards, reference and critic over them.
+
+    One model is whole at a time, the policy from its first token to its log-probabilities: weights that are spread over the
+    processes are gathered once a rollout.
+    """
+    with actors.whole(actors.policy):
+        responses, ended = sample_responses(
+            actors.policy,
+            prompts.ids,
+            keys,
+            response_length=actors.response_length,
+            temperature=actors.temperature,
+            batch_size=actors.batch_size,
+            tokenizer=actors.tokenizer,
+            banned=actors.banned,
+        )
+        rollout = evaluate_responses(actors, unscored(actors, prompts, responses, ended), ("logp",))
     completions = decode_completions(actors.tokenizer, responses)
     episodes = Episodes(prompts.ids, responses, prompts.texts, completions, prompts.columns)
-    rewards = torch.stack([reward.score(episodes) for reward in actors.rewards], dim=1)
+    columns = []
+    for reward in actors.rewards:
+        with actors.whole(reward.model):
+            columns.append(together(lambda reward=reward: reward.score(episodes)))  # type: ignore[misc]
+    rewards = torch.stack(columns, dim=1)
+    rollout = replace(rollout, rewards=rewards, scores=weighted(actors.rewards, rewards))
+    with actors.whole(actors.reference):
+        rollout = evaluate_responses(actors, rollout, ("logp_ref",))
+    with actors.whole(actors.critic):
+        return evaluate_responses(actors, rollout, ("values",))
+
+
+def unscored(actors: Actors, prompts: Prompts, responses: Sequence[Sequence[int]], ended: Sequence[bool]) -> Rollout:
+    """The rollout before any model has looked at it."""
     prompt_ids, prompt_mask = pad(prompts.ids, actors.tokenizer.pad_token_id, side="left")
     response_ids, mask = pad(responses, actors.tokenizer.pad_token_id)
-    rollout = Rollout(
+    return Rollout(
         prompts=prompt_ids,
         prompt_mask=prompt_mask,
         responses=response_ids,
@@ -352,24 +374,28 @@ def collect(actors: Actors, prompts: Prompts, keys: Sequence[tuple[int, int, int
         logp=torch.zeros(mask.shape),
         logp_ref=torch.zeros(mask.shape),
         values=torch.zeros(mask.shape),
-        rewards=rewards,
-        scores=weighted(actors.rewards, rewards),
+        scores=torch.zeros(len(mask)),
     )
-    return evaluate_responses(actors, rollout)
 
 
 @torch.no_grad()
-def evaluate_responses(actors: Actors, rollout: Rollout) -> Rollout:
+def evaluate_responses(
+    actors: Actors, rollout: Rollout, names: Sequence[str] = ("logp", "logp_ref", "values")
+) -> Rollout:
     """The rollout with log-probabilities under policy and reference, and values, each from one forward over whole rows."""
     device, pad_id = actors.policy.device, actors.tokenizer.pad_token_id
     banned = actors.banned.to(device)
-    found = {name: torch.zeros(rollout.mask.shape) for name in ("logp", "logp_ref", "values")}
+    passes: dict[str, Callable[[Rows], Tensor]] = {
+        "logp": lambda rows: response_logp(actors.policy, rows, actors.temperature, banned),
+        "logp_ref": lambda rows: response_logp(actors.reference, rows, actors.temperature, banned),
+        "values": lambda rows: values_at(actors.critic, rows.ids, rows.attention, rows.place),
+    }
+    found = {name: torch.zeros(rollout.mask.shape) for name in names}
     for batch in batches(rollout.lengths.tolist(), actors.batch_size):
         index = torch.tensor(batch)
         rows = rows_of(rollout, index, pad_id).to(device)
-        found["logp"][index] = rows.fill(response_logp(actors.policy, rows, actors.temperature, banned)).cpu()
-        found["logp_ref"][index] = rows.fill(response_logp(actors.reference, rows, actors.temperature, banned)).cpu()
-        found["values"][index] = rows.fill(values_at(actors.critic, rows.ids, rows.attention, rows.place)).cpu()
+        for name in names:
+            found[name][index] = rows.fill(passes[name](rows)).to(found[name])
     return replace(rollout, **found)
 
 

@@ -25,6 +25,7 @@ from rlhf.bases import start_of
 from rlhf.config import SFTArgs
 from rlhf.data import fingerprint
 from rlhf.data.encode import blocks, encode_demonstrations
+from rlhf.engine import gathered, settle, whole
 from rlhf.evaluation import answer, score_answers
 from rlhf.models import (
     accepts,
@@ -94,6 +95,7 @@ def run(args: SFTArgs) -> Artifact | None:
             )
         chooser = choose_by_reward(args, registry, work, tokenizer, held_out, base)
         if chooser is not None:
+            chooser.trainer = trainer
             trainer.add_callback(chooser)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         metrics: dict[str, Any] = {"demonstrations": len(demonstrations), "training_examples": len(train)}
@@ -168,20 +170,23 @@ class ChooseByReward(TrainerCallback):
 
     def __init__(self, args: SFTArgs, folder: Path, tokenizer: Any, prompts: Sequence[Any], reward: Any):
         self.args, self.folder, self.tokenizer, self.prompts, self.reward = args, folder, tokenizer, prompts, reward
+        self.trainer: Any = None
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         training, _ = model.training, model.eval()
-        answers = answer(
-            model, self.tokenizer, self.prompts, response_length=self.args.response_length, seed=self.args.seed
-        )
-        rows = [prompt + tokens for prompt, tokens in zip(answers.prompts, answers.tokens)]
-        score = float(score_answers(self.reward.to(model.device), self.tokenizer, rows).mean())
-        model.train(training)
-        state.log_history.append({"epoch": state.epoch, "step": state.global_step, "eval_reward": score})
-        if state.is_world_process_zero and score > self.best().get("eval_reward", float("-inf")):
-            with quiet():
-                adapters.save(model, self.folder)
-            (self.folder / "best.json").write_text(json.dumps({"eval_reward": score, "epoch": state.epoch}))
+        with whole(self.trainer.model_wrapped, model):
+            answers = answer(
+                model, self.tokenizer, self.prompts, response_length=self.args.response_length, seed=self.args.seed
+            )
+            rows = [prompt + tokens for prompt, tokens in zip(answers.prompts, answers.tokens)]
+            with gathered(self.reward.parameters()):
+                score = float(score_answers(self.reward.to(model.device), self.tokenizer, rows).mean())
+            model.train(training)
+            state.log_history.append({"epoch": state.epoch, "step": state.global_step, "eval_reward": score})
+            if state.is_world_process_zero and score > self.best().get("eval_reward", float("-inf")):
+                with quiet():
+                    adapters.save(model, self.folder)
+                (self.folder / "best.json").write_text(json.dumps({"eval_reward": score, "epoch": state.epoch}))
 
     def best(self) -> dict[str, Any]:
         found = self.folder / "best.json"
@@ -190,10 +195,14 @@ class ChooseByReward(TrainerCallback):
     def load_best(self, model: Any) -> dict[str, Any]:
         """Puts the chosen weights into `model`; their score and epoch."""
         synchronise()
+        settle(self.trainer.model_wrapped)
         if self.args.use_peft:
-            adapters.restore(model, self.folder)
+            with gathered(model.parameters(), modify=True):
+                adapters.restore(model, self.folder)
         else:
-            model.load_state_dict(load_policy(self.folder, self.tokenizer).state_dict())
+            chosen = load_policy(self.folder, self.tokenizer)
+            with gathered(chosen.parameters()), gathered(model.parameters(), modify=True):
+                model.load_state_dict(chosen.state_dict())
         return {f"chosen_{name}": value for name, value in self.best().items()}
 
 
@@ -245,6 +254,17 @@ def refuse_leaking_packing(model: Any) -> None:
     """Compares the logits of two packed examples with those of each alone, and refuses where attention leaks (OPT)."""
     training = model.training
     model.eval()
+    with gathered(model.parameters()):
+        worst = _leak(model)
+    model.train(training)
+    if worst > 1e-3:
+        raise TrainingError(
+            f"packing: examples would see each other in {type(model).__name__} (logits differ by {worst:.2g}); set it to false"
+        )
+
+
+def _leak(model: Any) -> float:
+    """The largest difference of a logit of two packed examples to that of each alone."""
     first, second = torch.arange(5, 13)[None], torch.arange(13, 21)[None]
     position = torch.arange(8)[None]
     alone = torch.cat([model(input_ids=ids).logits for ids in (first, second)], dim=1)
@@ -253,12 +273,7 @@ def refuse_leaking_packing(model: Any) -> None:
         position_ids=torch.cat([position, position], dim=1),
         use_cache=False,
     ).logits
-    model.train(training)
-    worst = (alone - packed).abs().max().item()
-    if worst > 1e-3:
-        raise TrainingError(
-            f"packing: examples would see each other in {type(model).__name__} (logits differ by {worst:.2g}); set it to false"
-        )
+    return (alone - packed).abs().max().item()
 
 
 def restore_dropout(model: Any, path: str, args: SFTArgs) -> None:

@@ -29,6 +29,7 @@ from rlhf import RLHFError, adapters, card
 from rlhf.bases import check_optimizer
 from rlhf.config import StageArgs, TrainerArgs, to_dict
 from rlhf.data import load, split_by_key
+from rlhf.engine import state_dict
 from rlhf.models import quiet
 from rlhf.registry import Artifact, Registry
 
@@ -475,7 +476,7 @@ def saver(accelerator: Any, model: Any, tokenizer: Any) -> Any:
     """`save` for `publish`: weights gathered from all processes, written as a folder that plain transformers loads."""
 
     def save(folder: Path | None) -> None:
-        state = accelerator.get_state_dict(model)
+        state = state_dict(accelerator, model)
         if folder is not None:
             with quiet():
                 adapters.save(accelerator.unwrap_model(model), folder, state)

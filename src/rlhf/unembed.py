@@ -21,8 +21,11 @@ LOW = (torch.bfloat16, torch.float16)
 def low_precision_of(head: Any) -> torch.dtype | None:
     """The low precision in which this unembedding would run now, None for full precision or for no plain matrix.
 
-    A matrix that is adapted, has a bias, or is sharded (its rows are elsewhere) is left to its own module.
+    A matrix that is adapted, has a bias, or is sharded (its rows are elsewhere) is left to its own module; also while it is
+    gathered for a rollout, which must round as the update does.
     """
+    if hasattr(getattr(head, "weight", None), "ds_id"):
+        return None
     if type(head) is not nn.Linear or head.bias is not None or head.weight.dim() != 2 or head.weight.numel() == 0:
         return None
     if head.weight.dtype in LOW:

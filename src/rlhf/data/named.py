@@ -185,19 +185,21 @@ def pandalm(record: Fields) -> list[Canonical]:
 
 @register("tulu1-pairs", "comparisons", has("prompt", "completion_a", "completion_b", "preference"))
 def tulu1_pairs(record: Fields) -> list[Canonical]:
-    """Five grades, of which a ranking keeps three: how much better an answer is has no place in it."""
-    ranks = {
-        "a-is-better": [1, 2],
-        "a-is-slightly-better": [1, 2],
-        "tie": [1, 1],
-        "b-is-slightly-better": [2, 1],
-        "b-is-better": [2, 1],
+    """Five grades, of which a ranking keeps three; how much better an answer is, is the difference of the ratings."""
+    ratings = {
+        "a-is-better": [2.0, 0.0],
+        "a-is-slightly-better": [1.0, 0.0],
+        "tie": [0.0, 0.0],
+        "b-is-slightly-better": [0.0, 1.0],
+        "b-is-better": [0.0, 2.0],
     }
+    grades = ratings[choice_at(record, "preference", among=tuple(ratings))]
     return [
         {
             "prompt": text_at(record, "prompt"),
             "completions": [text_at(record, "completion_a"), text_at(record, "completion_b")],
-            "ranks": ranks[choice_at(record, "preference", among=tuple(ranks))],
+            "ranks": ranks_of(grades),
+            "ratings": grades,
         }
     ]
 

@@ -38,9 +38,11 @@ TYPES = {
     "completions": pa.list_(pa.string()),
     "ranks": pa.list_(pa.int32()),
     "ended": pa.list_(pa.bool_()),
+    "ratings": pa.list_(pa.float64()),
     "labeler": pa.string(),
     "user": pa.string(),
     "source": pa.string(),
+    "use_case": pa.string(),
     "text": pa.string(),
 }
 

@@ -22,7 +22,7 @@ REQUIRED = {
 }
 OPTIONAL = {
     "demonstrations": ("user", "source"),
-    "comparisons": ("ended", "labeler", "user", "source"),
+    "comparisons": ("ended", "ratings", "labeler", "user", "source", "use_case"),
     "prompts": ("user",),
     "text": (),
 }
@@ -176,7 +176,18 @@ def _checked_comparison(record: Fields) -> dict[str, Any]:
     if record.get("ended") is not None:
         is_bool = lambda value: isinstance(value, bool)  # noqa: E731
         result["ended"] = _per_completion(record, "ended", len(completions), is_bool, "true or false")
-    return {**result, **_names(record, "labeler", "user", "source")}
+    if record.get("ratings") is not None:
+        result["ratings"] = _ratings(record, list_at(record, "ranks"))
+    return {**result, **_names(record, "labeler", "user", "source", "use_case")}
+
+
+def _ratings(record: Fields, ranks: list[int]) -> list[float]:
+    """Grades of the completions, higher is better; no completion has a lower one than another that it is ranked above."""
+    is_number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9  # noqa: E731
+    ratings = _per_completion(record, "ratings", len(ranks), is_number, "numbers, higher for better")
+    if any(a < b and x < y for a, x in zip(ranks, ratings) for b, y in zip(ranks, ratings)):
+        raise Problem("field 'ratings' grades a completion lower than one that 'ranks' puts below it; mend one of them")
+    return [float(rating) for rating in ratings]
 
 
 def _is_rank(value: Any) -> bool:

@@ -1,0 +1,283 @@
+"""One engine for policy and critic, whatever drives it: a process alone, data parallelism, or DeepSpeed's ZeRO.
+
+An Accelerator drives one DeepSpeed engine: a second prepared model would never step, in silence. So policy and critic are one
+module with two parameter groups, entered through the engine's forward. What a loop of our own does between its forwards
+(accumulation, clipping, dropped steps, whole weights for a rollout, an average of the weights) is here, once for each kind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
+from torch import Tensor, nn
+
+from rlhf import RLHFError
+
+
+class EngineError(RLHFError):
+    """The launch asks for something that cannot be driven."""
+
+
+class Engine:
+    """Whole gradients on every process: a process alone, or DistributedDataParallel."""
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer):
+        self.accelerator = accelerator
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+
+    def backward(self, work: Sequence[Callable[[], Tensor]]) -> None:
+        """Accumulates the gradients of all parts; processes exchange them once, in the last one.
+
+        The last part must use every parameter: gradients are reduced in it.
+        """
+        for i, part in enumerate(work):
+            last = i == len(work) - 1
+            self.accelerator.gradient_state._set_sync_gradients(last)
+            if last:
+                self.accelerator.backward(part())
+            else:
+                with self.accelerator.no_sync(self.model):
+                    self.accelerator.backward(part())
+
+    def clip(self, parts: dict[str, nn.Module], limit: float) -> dict[str, float]:
+        """Clips the gradient of each part to the norm `limit`; the norms before. Parts come in the order of its groups."""
+        return {
+            name: float(self.accelerator.clip_grad_norm_(part.parameters(), limit) or 0.0)
+            for name, part in parts.items()
+        }
+
+    def step(self, drop: bool = False) -> None:
+        """The optimiser's step, or none, and no gradients afterwards."""
+        if not drop:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision in which the engine's forward runs, for forwards outside of it."""
+        return self.accelerator.autocast()
+
+    def freeze(self, models: Iterable[Any]) -> None:
+        """Makes models that never learn ready for `whole`."""
+
+    def whole(self, model: Any) -> contextlib.AbstractContextManager[Any]:
+        """`model` with all of its weights on this process, for forwards outside of the engine's; entered by all processes."""
+        return contextlib.nullcontext()
+
+    @property
+    def sharded(self) -> bool:
+        """Whether `local` gives each process a piece of its own."""
+        return False
+
+
+class ZeroEngine(Engine):
+    """DeepSpeed's ZeRO 1, 2 or 3: optimiser states, gradients, weights spread over the processes.
+
+    Clipping is ours, by parameter group: DeepSpeed's own takes policy and critic as one, and would let the scale of the one
+    decide the step of the other.
+    """
+
+    def __init__(self, accelerator: Accelerator, model: Any, optimizer: torch.optim.Optimizer, micro_batch: int):
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = micro_batch
+        config["gradient_clipping"] = 0.0
+        self.config = config
+        self.stage = int(config["zero_optimization"]["stage"])
+        refuse_other_than_adam(config, optimizer)
+        # A parameter without a gradient in one part of a step would keep the one of the step before, or lose its own.
+        model.every_part_uses_all = True
+        super().__init__(accelerator, model, optimizer)
+        self.zero = self.model.optimizer  # DeepSpeed's: the gradients are its own
+
+    def backward(self, work: Sequence[Callable[[], Tensor]]) -> None:
+        for i, part in enumerate(work):
+            self.model.set_gradient_accumulation_boundary(i == len(work) - 1)
+            self.model.backward(part())
+
+    def clip(self, parts: dict[str, nn.Module], limit: float) -> dict[str, float]:
+        norms = self._norms()
+        for group, gradients in self._gradients():
+            scale = limit / (norms[group] + 1e-6)
+            if scale < 1:  # not where a norm is not finite: such a step is dropped
+                for gradient in gradients:
+                    gradient.mul_(scale)
+        return dict(zip(parts, norms))
+
+    def _norms(self) -> list[float]:
+        """The norm of each parameter group's gradient over all processes, nan where DeepSpeed finds none."""
+        zero = self.zero
+        if self.stage == 3:
+            found = list(enumerate(zero._get_norm_groups()))
+            groups = [zero.sub_group_to_group_id[i] for i, _ in found]
+        else:
+            groups = list(range(len(zero.bit16_groups)))
+            found = [
+                (i, zero.complete_grad_norm_calculation_for_cpu_offload(zero.params_in_partition[i]))
+                if zero.cpu_offload
+                else (i, zero.get_grad_norm_direct(zero.averaged_gradients[i], zero.params_in_partition[i]))
+                for i in groups
+            ]
+        squares = [0.0] * len(self.optimizer.param_groups)
+        for group, (_, norm) in zip(groups, found):
+            squares[group] += float(norm) ** 2 if float(norm) >= 0 else float("nan")
+        return [square**0.5 for square in squares]
+
+    def _gradients(self) -> Iterator[tuple[int, list[Tensor]]]:
+        """This process's pieces of the gradient, by parameter group."""
+        zero = self.zero
+        if self.stage == 3:
+            for i in range(len(zero.fp16_groups)):
+                whole = [zero.fp32_partitioned_groups_flat[i].grad] if zero.offload_optimizer else None
+                yield zero.sub_group_to_group_id[i], whole or zero.averaged_gradients[i]
+        else:
+            for i in range(len(zero.bit16_groups)):
+                whole = [zero.single_partition_of_fp32_groups[i].grad] if zero.cpu_offload else None
+                yield i, whole or [g for g in zero.averaged_gradients[i] if g is not None]
+
+    def step(self, drop: bool = False) -> None:
+        """DeepSpeed skips a step whose norm is invalid, and cleans up after it: to drop one, it is told so."""
+        if drop:
+            invalid = torch.tensor(-1.0, device=self.accelerator.device)
+            name, answer = ("_get_norm_groups", [invalid]) if self.stage == 3 else ("scaled_global_norm", invalid)
+            setattr(self.zero, name, lambda *args, **kwargs: answer)
+        try:
+            self.model.step()
+        finally:
+            if drop:
+                delattr(self.zero, name)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()  # the weights themselves are bfloat16 where that is asked for
+
+    def freeze(self, models: Iterable[Any]) -> None:
+        """The dtype of the policy, so that the reference starts equal to it; under ZeRO 3 spread over the processes."""
+        dtype = next(self.model.module.parameters()).dtype
+        for model in models:
+            # Below transformers' own, which refuses quantised models: their other weights go the policy's way all the same.
+            nn.Module.to(model, dtype)
+            if self.stage == 3 and not any(hasattr(p, "ds_id") for p in model.parameters()):
+                import deepspeed
+
+                deepspeed.zero.Init(module=model, config_dict_or_path=self.config)
+
+    def whole(self, model: Any) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if model is None else whole(self.model, model)
+
+    @property
+    def sharded(self) -> bool:
+        return self.stage == 3
+
+
+def prepare(accelerator: Accelerator, model: Any, optimizer: torch.optim.Optimizer, micro_batch: int) -> Engine:
+    """The engine that this launch asks for; micro_batch: items of one forward on one process, for DeepSpeed's records."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return ZeroEngine(accelerator, model, optimizer, micro_batch)
+    return Engine(accelerator, model, optimizer)
+
+
+def refuse_other_than_adam(config: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """With an offloaded optimiser accelerate puts DeepSpeed's CPU Adam in the place of whatever was asked for, in silence."""
+    device = (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
+    if device != "none" and not isinstance(optimizer, torch.optim.Adam):  # AdamW is one
+        raise EngineError(
+            f"optim: an offloaded optimiser is DeepSpeed's CPU Adam, and {type(optimizer).__name__} was asked for; set it to "
+            "adamw_torch, or launch without offload"
+        )
+
+
+# ------------------------------------------------------------------------------------------------- weights that are spread
+
+
+@contextlib.contextmanager
+def gathered(parameters: Iterable[Any], modify: bool = False) -> Iterator[None]:
+    """Parameters that ZeRO 3 spreads over the processes, whole for the block; others as they are. Entered by all processes.
+
+    modify: what the first process writes into them in the block is kept.
+    """
+    spread = [p for p in parameters if hasattr(p, "ds_id")]
+    if not spread:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(spread, modifier_rank=0 if modify else None):
+        yield
+
+
+@contextlib.contextmanager
+def whole(engine: Any, model: Any) -> Iterator[None]:
+    """`model` with all of its weights for the block, gathered once, for forwards outside of the engine's.
+
+    Under ZeRO 3 the engine's hooks are away meanwhile: they would release the weights again after each module's forward.
+    """
+    settle(engine)
+    offload = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
+    with gathered(model.parameters()):
+        if offload is None:
+            yield
+            return
+        for hook in (*offload.forward_hooks, *offload.backward_hooks):
+            hook.remove()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        try:
+            yield
+        finally:
+            offload._register_deepspeed_module(offload.module)
+
+
+def settle(engine: Any) -> None:
+    """Ends what ZeRO 3 has fetched ahead for a forward that does not follow, so that weights can be gathered and written."""
+    offload = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
+    if offload is not None:
+        offload.partition_all_parameters()
+
+
+def state_dict(accelerator: Accelerator, model: Any) -> Any:
+    """The module's weights, gathered from all processes where they are spread; then only the first process gets them.
+
+    Tied weights stay one tensor under two names, so that save_pretrained writes them once; accelerate would clone them.
+    """
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if deepspeed and accelerator.state.deepspeed_plugin.zero_stage < 3:
+        return accelerator.unwrap_model(model).state_dict()
+    return accelerator.get_state_dict(model)
+
+
+def local(parameters: Iterable[Any]) -> list[Tensor]:
+    """What this process holds of each parameter: its piece under ZeRO 3, else the whole."""
+    return [p.ds_tensor.data if hasattr(p, "ds_id") else p.data for p in parameters]
+
+
+@torch.no_grad()
+def put(parameters: Sequence[Any], values: Iterable[Tensor]) -> None:
+    """Writes into `local`; the optimiser's float32 copies, where there are any, stay as they are."""
+    for tensor, value in zip(local(parameters), values):
+        tensor.copy_(value)
+    # ZeRO 3 keeps small parameters whole besides: those copies are out of date now.
+    stale = [p for p in parameters if hasattr(p, "ds_id") and p.numel()]
+    if stale:
+        stale[0].partition(param_list=stale, has_been_updated=False)
+
+
+# ----------------------------------------------------------------------------------------------------------- all processes
+
+
+def together(work: Callable[[], Any]) -> Any:
+    """What `work` returns; an RLHFError that it raises on one process is raised on all, which would wait for that one else."""
+    result, failure = None, None
+    try:
+        result = work()
+    except RLHFError as error:
+        failure = error
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        told = gather_object([str(failure) if failure else ""])
+        failed = [f"stopped because of process {rank}: {text}" for rank, text in enumerate(told) if text]
+        if failed and failure is None:
+            raise EngineError(failed[0])
+    if failure is not None:
+        raise failure
+    return result

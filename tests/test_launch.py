@@ -1,0 +1,106 @@
+"""What a launch asks of the machine, and what is said when its memory does not do."""
+
+import os
+import sys
+import time
+
+import pytest
+import test_ppo
+import tiny
+import torch
+
+from rlhf.launch import LaunchError, check_launch, ran_out_of_memory
+from rlhf.planning.advice import memory_advice
+
+
+@pytest.mark.parametrize(
+    ("gpus", "environment", "says"),
+    [
+        (2, {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, "8 processes .* with 2 GPUs; give --num_processes 2$"),
+        (2, {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, "4 processes .* with 2 GPUs; give --num_processes 4$"),
+        (1, {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_DEEPSPEED": "true"}, "with 1 GPU; give"),
+        (0, {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, "2 processes .* as many GPUs, and there is none"),
+        (0, {"ACCELERATE_USE_FSDP": "true"}, "FSDP is for CUDA"),
+        (4, {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_CPU": "true"}, "FSDP is for CUDA"),
+        (0, {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "true"}, "switches DeepSpeed off in silence"),
+        (2, {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, None),
+        (0, {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}, None),
+        (0, {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_DEEPSPEED": "true"}, None),
+        (1, {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}, None),
+        (0, {}, None),
+    ],
+)
+def test_a_launch_that_cannot_work_is_refused(monkeypatch, gpus, environment, says):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", *(f"ACCELERATE_USE_{x}" for x in ("CPU", "DEEPSPEED", "FSDP"))):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if says is None:
+        check_launch()
+    else:
+        with pytest.raises(LaunchError, match=says) as caught:
+            check_launch()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_lock_that_a_killed_launch_left_is_refused_and_a_new_one_told(monkeypatch, tmp_path, capsys):
+    lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    check_launch()
+    lock.touch()
+    check_launch()
+    assert f"waiting for {lock}" in capsys.readouterr().err
+    os.utime(lock, (time.time() - 3600,) * 2)
+    with pytest.raises(LaunchError, match=r"lock 60 minutes ago; DeepSpeed would wait for it forever: remove it$"):
+        check_launch()
+
+
+def test_errors_of_memory_are_told_from_others():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60)
+    assert ran_out_of_memory(caught.value)
+    assert ran_out_of_memory(torch.OutOfMemoryError("CUDA out of memory")) and ran_out_of_memory(MemoryError())
+    assert not ran_out_of_memory(RuntimeError("shapes differ")) and not ran_out_of_memory(ValueError("bad_alloc"))
+
+
+def test_the_advice_has_the_plans_numbers(tmp_path):
+    test_ppo.stages(tmp_path)
+    args = test_ppo.ppo_args(tmp_path, per_device_rollout_batch_size=8)
+    line = memory_advice("ppo", args)
+    assert (
+        "lower per_device_train_batch_size (4), per_device_rollout_batch_size (8), per_device_ptx_batch_size (8)"
+        in line
+    )
+    assert "`rlhf plan` counts 0.00 of " in line and "under single" in line and "\n" not in line
+    for stage, make in (("sft", tiny.sft_args), ("reward", tiny.reward_args)):
+        assert "`rlhf plan` counts" in memory_advice(stage, make(tmp_path))
+    missing = memory_advice("sft", tiny.sft_args(tmp_path, model_name_or_path=str(tmp_path / "nowhere")))
+    assert "ran out of memory; lower" in missing and "plan" not in missing
+
+
+LIMITED = """
+import resource, sys
+import rlhf.sft
+from rlhf.cli import run_stage
+in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (in_use + (96 << 20),) * 2)
+run_stage("sft", sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits a process's memory as Linux does")
+def test_a_stage_that_runs_out_of_memory_ends_in_one_line(tmp_path):
+    registry = tiny.published(tmp_path, "base")
+    args = tiny.sft_args(tmp_path, tiny.demonstrations(8) * 1000, per_device_train_batch_size=8000, max_steps=1)
+    config = tiny.write_config(tmp_path / "sft.json", args)
+    done = tiny.launch([sys.executable, "-c", LIMITED, "--config", config])
+    assert done.returncode == 2, done.stderr[-2000:]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert line.startswith(
+        "error: sft ran out of memory; lower per_device_train_batch_size (8000), set gradient_checkpointing"
+    )
+    assert "Traceback" not in done.stderr
+    assert not (registry.root / "tiny" / "sft").exists()

@@ -1,0 +1,385 @@
+"""Real launches: every stage under data parallelism and ZeRO 1, 2, 3 and offload follows the same run on one process.
+
+Which architecture meets which strategy is in COVER: each strategy runs every stage, and both architectures meet DDP, a strategy
+with whole weights and one with spread ones. The stages of a launch share its processes (tests/launched.py), because starting
+them takes longer than training.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+
+import pytest
+import test_ppo
+import tiny
+from safetensors.torch import load_file
+
+from rlhf import ppo, reward, sft
+from rlhf.planning.memory import Job, Setup
+from rlhf.planning.search import launch_command
+from rlhf.planning.shapes import BUILT_IN
+
+RUN = {"sft": sft.run, "reward": reward.run, "ppo": ppo.run}
+COVER = [("cpu_ddp", "opt"), ("zero1", "gpt2"), ("zero2", "opt"), ("zero3", "gpt2"), ("zero3_offload", "opt")]
+PROCESSES = 2
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None,
+    reason="needs deepspeed, and g++ for its communication between CPU processes",
+)
+
+
+def command(strategy, *words, tmp_path=None):
+    """`accelerate launch` of a file of configs/accelerate with two processes, without a network port of its own."""
+    options = ["--config_file", f"configs/accelerate/{strategy}.yaml", "--num_processes", str(PROCESSES)]
+    if strategy.startswith("zero3"):
+        options += ["--deepspeed_config_file", nothing_stays_whole(strategy, tmp_path)]
+    return [tiny.program("accelerate"), "launch", *options, "--main_process_port", "0", *words]
+
+
+def nothing_stays_whole(strategy, tmp_path):
+    """The DeepSpeed file, but for models of some thousand weights: they are spread, and reduced in several buckets."""
+    values = json.loads((tiny.ROOT / f"configs/accelerate/deepspeed/{strategy}.json").read_text())
+    values["zero_optimization"] |= {
+        "stage3_param_persistence_threshold": 40,  # the norms stay whole, so that both kinds are there
+        "reduce_bucket_size": 5000,
+        "stage3_prefetch_bucket_size": 5000,
+        "stage3_max_live_parameters": 20000,
+        "stage3_max_reuse_distance": 20000,
+    }
+    path = tmp_path / f"{strategy}.json"
+    path.write_text(json.dumps(values))
+    return str(path)
+
+
+def variables(strategy):
+    return {"ACCELERATE_USE_CPU": "true"} if strategy == "cpu_ddp" else {"DS_ACCELERATOR": "cpu"}
+
+
+def stage_args(tmp_path, processes):
+    """Arguments of the stages, whose optimiser steps see the same items whatever the number of processes.
+
+    Clipping is on everywhere, SFT and RM accumulate, and nothing is a multiple of anything: rollouts of 9 episodes in minibatches
+    of 3, micro-batches of 1, and one held-out prompt, which leaves a process with none.
+    """
+    each = {"per_device_train_batch_size": 4 // processes // 2, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
+    each["adam_epsilon"] = 1e-5  # or Adam makes a whole step of a gradient that is rounding only
+    prompts = test_ppo.ppo_args(tmp_path).dataset_name
+    return {
+        "sft": tiny.sft_args(
+            tmp_path,
+            tiny.demonstrations(40),
+            max_steps=4,
+            model_name_or_path="tiny/base/v1",
+            resid_pdrop=0.0,
+            eval_fraction=0.3,
+            reward_model_path="tiny/rm/v1",  # chooses the epoch
+            response_length=6,
+            **each,
+        ),
+        "reward": tiny.reward_args(
+            tmp_path, tiny.comparisons(16), max_steps=3, model_name_or_path="tiny/sft/v1", eval_fraction=0.2, **each
+        ),
+        "ppo": test_ppo.ppo_args(
+            tmp_path,
+            dataset_name=prompts,
+            sft_model_path="tiny/sft/v1",
+            reward_model_path=["tiny/rm/v1"],
+            total_episodes=18,
+            batch_size=9,
+            num_mini_batches=3,
+            num_ppo_epochs=2,
+            per_device_train_batch_size=1,
+            per_device_ptx_batch_size=1,
+            ptx_ratio=1.0,
+            eval_fraction=0.3,
+            eval_episodes=1,
+            kl_target=1.0,
+            scale_scores=True,
+            ema_decay=0.9,
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process makes of the stages, once for each architecture."""
+    made = {}
+
+    def of(architecture):
+        if architecture not in made:
+            folder = tmp_path_factory.mktemp(f"alone_{architecture}")
+            test_ppo.stages(folder, architecture)
+            made[architecture] = {stage: RUN[stage](args) for stage, args in stage_args(folder, 1).items()}
+        return made[architecture]
+
+    return of
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize(("strategy", "architecture"), COVER)
+def test_two_processes_follow_one(tmp_path, alone, strategy, architecture):
+    registry = test_ppo.stages(tmp_path, architecture)
+    words = ["tests/launched.py"]
+    for stage, args in stage_args(tmp_path, PROCESSES).items():
+        words += [stage, tiny.write_config(tmp_path / f"{stage}.json", args)]
+    done = tiny.launch(command(strategy, *words, tmp_path=tmp_path), **variables(strategy))
+    assert done.returncode == 0, done.stderr[-9000:]
+    expected = alone(architecture)
+    kind = "deepspeed" if strategy.startswith("zero") else "multi_cpu"
+    for stage, one in expected.items():
+        two = registry.require(one.stage, "tiny")
+        assert two.version == one.version
+        assert two.manifest["device"].startswith("2 x cpu") and two.manifest["device"].lower().endswith(kind)
+        for part in ["", "critic", "ema"] if stage == "ppo" else [""]:
+            assert difference(one, two, part) < 2e-6, f"{stage} {part}"  # sums in another order, and nothing else
+        follows(tiny.history(one), tiny.history(two))
+    start, end = registry.get("tiny/sft/v1"), registry.require("ppo", "tiny")
+    assert tiny.largest_difference(start, end) > 1e-4
+    before, after = (
+        load_file(path / "model.safetensors") for path in (registry.get("tiny/rm/v1").path, end.path / "critic")
+    )
+    assert max((before[name] - after[name]).abs().max().item() for name in before) > 1e-4
+    held_out = [a.manifest["metrics"] for a in (expected["ppo"], end)]
+    assert held_out[1]["held_out_prompts"] == held_out[0]["held_out_prompts"] == 1
+    for name in ("sft_score", "ppo_score", "kl"):
+        assert held_out[1][name] == pytest.approx(held_out[0][name], abs=1e-4)
+        if name in held_out[0]["ema"]:
+            assert held_out[1]["ema"][name] == pytest.approx(held_out[0]["ema"][name], abs=1e-4)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize(("strategy", "architecture"), [("zero2", "gpt2"), ("zero3", "opt")])
+def test_adapters_under_zero_follow_one_process(tmp_path, strategy, architecture):
+    """Each stage trains on from the adapter of the one before, all on one base; SFT trains on with its own merged, too."""
+    lora = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
+    chain = {
+        "sft": {},
+        "reward": {"model_name_or_path": "tiny/sft/v2"},
+        "ppo": {"sft_model_path": "tiny/sft/v2", "reward_model_path": ["tiny/rm/v2"]},
+    }
+
+    def stages_of(folder, processes):
+        registry = test_ppo.stages(folder, architecture)
+        found = stage_args(folder, processes)
+        stages = [(stage, dataclasses.replace(args, **lora, **chain[stage])) for stage, args in found.items()]
+        merged = ("sft", dataclasses.replace(found["sft"], model_name_or_path="tiny/sft/v2"))
+        return registry, [*stages[:2], merged, stages[2]]  # PPO last: its end is the end of the launch
+
+    (tmp_path / "alone").mkdir()
+    expected = [RUN[stage](args) for stage, args in stages_of(tmp_path / "alone", 1)[1]]
+    registry, stages = stages_of(tmp_path, PROCESSES)
+    words = ["tests/launched.py"]
+    for i, (stage, args) in enumerate(stages):
+        words += [stage, tiny.write_config(tmp_path / f"{i}.json", args)]
+    done = tiny.launch(command(strategy, *words, tmp_path=tmp_path), **variables(strategy))
+    assert done.returncode == 0, done.stderr[-9000:]
+    for one in expected:
+        two = registry.get(one.ref)
+        for part in ["", "critic", "ema"] if one.stage == "ppo" else [""]:
+            assert difference(one, two, part, "adapter_model" if two.adapters else "model") < 2e-6, f"{one.ref} {part}"
+        follows(tiny.history(one), tiny.history(two))
+    adapter, rm, whole, end = (registry.get(one.ref) for one in expected)
+    assert {part["ref"] for two in (adapter, rm, end) for part in two.adapters.values()} == {"tiny/base/v1"}
+    assert whole.ref == "tiny/sft/v3" and not whole.adapters
+    assert difference(adapter, end, "", "adapter_model") > 1e-4
+
+
+def difference(one, two, part, name="model"):
+    """The largest difference between two versions' weights; both must name the same tensors."""
+    a, b = (load_file(artifact.path / part / f"{name}.safetensors") for artifact in (one, two))
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def follows(one, two):
+    """Losses, norms, scores of each step are equal in four digits."""
+    names = (
+        "loss",
+        "grad_norm",
+        "objective/scores",
+        "objective/kl_k3",
+        "loss/policy",
+        "loss/value",
+        "loss/pretraining",
+    )
+    names += ("policy/grad_norm", "critic/grad_norm", "policy/ratio_max", "objective/kl_coef")
+    assert len(one) == len(two)
+    compared = 0
+    for a, b in zip(one, two):
+        for name in names:
+            if name in a:
+                assert float(b[name]) == pytest.approx(float(a[name]), rel=1e-3, abs=1e-5), name
+                compared += 1
+    assert compared
+
+
+# ------------------------------------------------------------------------------------------------------- processes that fail
+
+
+def sum_of_places(prompts, completions, **columns):
+    """A rule; on process 1 its third call fails, in the way that FAIL names."""
+    if os.environ.get("RANK") == "1":
+        calls.append(1)
+        if len(calls) == 3 and os.environ.get("FAIL") == "raise":
+            raise ValueError("no opinion")
+        if len(calls) == 3 and os.environ.get("FAIL") == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+    return [sum(map(ord, text)) % 7 / 7 for text in completions]
+
+
+calls: list[int] = []
+
+
+def failing_run(tmp_path, **changes):
+    """Four rollouts whose reward is the rule above, with everything on that a checkpoint must carry."""
+    changes = {"eval_episodes": 0, "total_episodes": 24, "num_mini_batches": 2, "batch_size": 6, **changes}
+    return test_ppo.ppo_args(
+        tmp_path,
+        reward_model_path=[],
+        reward_functions=["test_launches:sum_of_places"],
+        critic_path="tiny/rm/v1",
+        kl_target=1.0,
+        scale_scores=True,
+        ema_decay=0.9,
+        **changes,
+    )
+
+
+def with_tests_on_the_path(**more):
+    return {"PYTHONPATH": os.pathsep.join([str(tiny.ROOT / "tests"), os.environ.get("PYTHONPATH", "")]), **more}
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("weights", ["model", "adapter_model"])
+def test_a_failure_on_one_process_ends_all_and_the_run_resumes_under_zero_3(tmp_path, weights):
+    registry = test_ppo.stages(tmp_path)
+    args = failing_run(tmp_path, use_peft=weights == "adapter_model")
+    alone = ppo.run(args)
+    config = tiny.write_config(tmp_path / "ppo.json", args, resume_from_checkpoint="latest")
+    words = command("zero3", "scripts/ppo.py", "--config", config, tmp_path=tmp_path)
+    failed = tiny.launch(words, **with_tests_on_the_path(**variables("zero3"), FAIL="raise"))
+    assert failed.returncode != 0
+    assert "error: [rank 1] reward function test_launches:sum_of_places raised ValueError: no opinion" in failed.stderr
+    assert "error: [rank 0] stopped because of process 1: reward function" in failed.stderr
+    (checkpoint,) = test_ppo.ppo_checkpoints(registry)
+    assert checkpoint.name == "checkpoint-2" and (checkpoint / "complete").exists()
+    assert sorted(path.name for path in checkpoint.glob("average*")) == [f"average-{r}.safetensors" for r in (0, 1)]
+    done = tiny.launch(words, **with_tests_on_the_path(**variables("zero3")))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resuming after rollout 2" in done.stderr
+    resumed = registry.require("ppo", "tiny")
+    assert resumed != alone and not tiny.left_over(registry, "ppo")
+    for part in ("", "critic", "ema"):
+        assert difference(alone, resumed, part, weights) < 2e-6
+    follows(tiny.history(alone), tiny.history(resumed))
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_takes_the_others_with_it(tmp_path):
+    registry = test_ppo.stages(tmp_path)
+    config = tiny.write_config(tmp_path / "ppo.json", failing_run(tmp_path))
+    words = command("cpu_ddp", "scripts/ppo.py", "--config", config)
+    started = time.monotonic()
+    failed = tiny.launch(words, **with_tests_on_the_path(**variables("cpu_ddp"), FAIL="die"))
+    assert failed.returncode != 0 and time.monotonic() - started < 120
+    assert "exitcode  : -9" in failed.stderr  # the launcher says which process it was
+    assert not registry.list("tiny", "ppo")
+
+
+@pytest.mark.slow
+def test_fsdp_without_a_gpu_is_one_line(tmp_path):
+    registry = tiny.published(tmp_path, "base")
+    config = tiny.write_config(tmp_path / "sft.json", tiny.sft_args(tmp_path))
+    failed = tiny.launch(command("fsdp2", "scripts/sft.py", "--config", config))
+    assert "exitcode  : 2" in failed.stderr and failed.returncode != 0  # the launcher's own status is 1
+    (line,) = [line for line in failed.stderr.splitlines() if line.startswith("error:")]
+    assert "FSDP is for CUDA" in line
+    assert not (registry.root / "tiny" / "sft").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------- two hosts
+
+
+@pytest.fixture
+def hosts():
+    """Two hosts as words to start a command on each, and the address of the first: network namespaces joined by a cable.
+
+    Where namespaces are not allowed, both are this machine: two launchers that meet on the loopback.
+    """
+    names = [f"rlhf{os.getpid()}{side}" for side in "ab"]
+    cable = [f"r{os.getpid()}{side}" for side in "ab"]
+    run = functools.partial(subprocess.run, capture_output=True, check=True)
+    try:
+        for name in names:
+            run(["ip", "netns", "add", name])
+        run(["ip", "link", "add", cable[0], "type", "veth", "peer", "name", cable[1]])
+        for name, end, address in zip(names, cable, ("10.77.0.1/24", "10.77.0.2/24")):
+            run(["ip", "link", "set", end, "netns", name])
+            for words in (
+                ["addr", "add", address, "dev", end],
+                ["link", "set", end, "up"],
+                ["link", "set", "lo", "up"],
+            ):
+                run(["ip", "-n", name, *words])
+        yield (
+            [(["ip", "netns", "exec", name], {"GLOO_SOCKET_IFNAME": end}) for name, end in zip(names, cable)],
+            "10.77.0.1",
+        )
+    except (OSError, subprocess.CalledProcessError):
+        yield [([], {})] * 2, "127.0.0.1"
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def free_port():
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return opened.getsockname()[1]
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_two_hosts_train_one_model_under_zero_2(tmp_path, hosts, alone):
+    registry = test_ppo.stages(tmp_path)
+    places, address = hosts
+    words = ["tests/launched.py"]
+    for stage, args in stage_args(tmp_path, PROCESSES).items():
+        if stage != "reward":
+            words += [stage, tiny.write_config(tmp_path / f"{stage}.json", args)]
+    # The launch that `rlhf plan` prints for two machines, its capitals filled in.
+    job = Job(model=BUILT_IN["gpt2"], reward=BUILT_IN["gpt2"], gpus=2, per_node=1)
+    planned = launch_command("ppo", job, Setup("zero2"), 1).partition(" scripts/ppo.py")[0].split()[1:]
+    filled = {"FIRST_MACHINE": address, "29500": str(free_port())}
+    planned = [filled.get(word, word) for word in planned]
+    started = [
+        subprocess.Popen(
+            [*place, tiny.program("accelerate"), *(str(rank) if w == "MACHINE" else w for w in planned), *words],
+            cwd=tiny.ROOT,
+            env=tiny.environment(**variables("zero2"), **more),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank, (place, more) in enumerate(places)
+    ]
+    try:
+        said = [process.communicate(timeout=300)[0] for process in started]
+    finally:
+        for process in started:
+            process.terminate()  # the launcher ends what it has started
+    assert [process.returncode for process in started] == [0, 0], "\n".join(text[-3000:] for text in said)
+    for stage in ("sft", "ppo"):
+        two = registry.require(stage, "tiny")
+        assert two.manifest["device"].startswith("2 x cpu")
+        assert difference(alone("gpt2")[stage], two, "") < 2e-6
