@@ -232,7 +232,7 @@ def test_a_small_fault_leaves_the_answer_fair(name):
         score = judge(prompt, BLEMISHES[name][0](rng, parse(prompt), compose(parse(prompt), rng)))
         assert score.harmless == 1 and (score.truthful == 1 or name == "slip")
         fair += BAR <= score.utility < 1
-    assert fair > 20
+    assert fair > 10
 
 
 def test_every_fault_occurs_and_harmful_requests_have_their_own(prompts):
