@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 from rlhf import objectives, ppo
 from rlhf.config import STAGE_ARGS, PPOArgs
-from rlhf.rollout import Rollout
+from rlhf.rollout import Actors, Rollout
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("parity_trl", ROOT / "benchmarks" / "parity_trl.py")
@@ -207,7 +207,17 @@ def trainer_on(run, **choices):
     )
     model = ppo.ActorCritic(run.models["policy"], run.models["critic"])
     optimizer, steps = torch.optim.SGD(model.parameters(), lr=0.0), []
-    actors = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=parity.PAD), banned=run.banned)
+    actors = Actors(
+        policy=model.policy,
+        reference=None,
+        critic=model.critic,
+        rewards=[],
+        tokenizer=SimpleNamespace(pad_token_id=parity.PAD),
+        banned=run.banned,
+        temperature=args.temperature,
+        response_length=args.response_length,
+        batch_size=args.batch_size,
+    )
     trainer = ppo.PPO(args, Accelerator(cpu=True), model, optimizer, actors, [], None)
     optimizer.register_step_pre_hook(
         lambda *_: steps.append({name: weight.grad.clone() for name, weight in model.named_parameters()})
