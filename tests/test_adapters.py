@@ -13,7 +13,7 @@ import torch
 from conftest import EOS, byte_level, random_model
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
-from test_ppo import gradient_of_update, interrupt_after, ppo_args
+from test_ppo import RULE, gradient_of_update, interrupt_after, ppo_args
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -368,21 +368,10 @@ def test_adapters_learn_what_a_rule_rewards(tmp_path, checkpoints):
     args = ppo_args(
         tmp_path,
         sft_model_path=str(checkpoints["gpt2"]),
-        reward_model_path=[],
-        reward_functions=["test_ppo:count_the"],
-        missing_eos_penalty=None,
-        total_episodes=64 * 14,
-        batch_size=64,
-        per_device_train_batch_size=32,
-        per_device_rollout_batch_size=64,
-        num_ppo_epochs=2,
         learning_rate=1e-2,
-        warmup_steps=0,
-        kl_coef=0.0,
-        ptx_coef=0.0,
-        ema_decay=None,
         use_peft=True,
         lora_target_modules=["all-linear"],
+        **RULE,
     )
     history = tiny.history(ppo.run(args))
     start, end = history[0]["objective/scores"], history[-1]["objective/scores"]

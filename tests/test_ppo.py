@@ -28,6 +28,22 @@ def count_the(prompts, completions, **columns):
     return [float(text.count("e")) for text in completions]
 
 
+RULE = {  # a reward that a tiny model learns in fourteen rollouts
+    "reward_model_path": [],
+    "reward_functions": ["test_ppo:count_the"],
+    "missing_eos_penalty": None,
+    "total_episodes": 64 * 14,
+    "batch_size": 64,
+    "per_device_train_batch_size": 32,
+    "per_device_rollout_batch_size": 64,
+    "num_ppo_epochs": 2,
+    "warmup_steps": 0,
+    "kl_coef": 0.0,
+    "ptx_coef": 0.0,
+    "ema_decay": None,
+}
+
+
 def ppo_args(tmp_path, **changes):
     prompts = [{"prompt": f"Say {i}:", "tag": i} for i in range(16)]
     values = {
@@ -303,20 +319,9 @@ def test_ppo_learns_what_a_rule_rewards(tmp_path):
     stages(tmp_path)
     args = ppo_args(
         tmp_path,
-        reward_model_path=[],
-        reward_functions=["test_ppo:count_the"],
         critic_path="tiny/rm",
-        missing_eos_penalty=None,
-        total_episodes=64 * 14,
-        batch_size=64,
-        per_device_train_batch_size=32,
-        per_device_rollout_batch_size=64,
-        num_ppo_epochs=2,
         learning_rate=3e-3,
-        warmup_steps=0,
-        kl_coef=0.0,
-        ptx_coef=0.0,
-        ema_decay=None,
+        **RULE,
     )
     history = tiny.history(ppo.run(args))
     start, end = history[0]["objective/scores"], history[-1]["objective/scores"]

@@ -175,16 +175,6 @@ def generate(
     Sequences that have ended leave the batch and its cache.
     """
     device = policy.device
-    if device.type == "cuda" and can_preallocate(policy):
-        return generate_in_place(
-            policy,
-            prompts,
-            draws,
-            temperature=temperature,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-            banned=banned,
-        )
     ids, mask = (tensor.to(device) for tensor in pad(prompts, pad_token_id, side="left"))
     draws, banned = draws.to(device), banned.to(device)
     responses: list[list[int]] = [[] for _ in prompts]
@@ -269,12 +259,14 @@ def sample_responses(
     tokenizer: Any,
     banned: Tensor,
 ) -> tuple[list[list[int]], list[bool]]:
-    """`generate` in batches of like prompt length; keys: (seed, step, index) of each prompt's stream."""
+    """`generate` in batches of like prompt length, on a GPU in place where the model can; keys: (seed, step, index) of
+    each prompt's stream."""
+    decode = generate_in_place if policy.device.type == "cuda" and can_preallocate(policy) else generate
     responses: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
     for batch in batches([len(p) for p in prompts], batch_size):
         with eagerly(policy):
-            found, stopped = generate(
+            found, stopped = decode(
                 policy,
                 [prompts[i] for i in batch],
                 torch.stack([uniforms(*keys[i], response_length) for i in batch]),
