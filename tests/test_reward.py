@@ -17,7 +17,7 @@ from rlhf.config import ConfigError
 from rlhf.data import load
 from rlhf.data.encode import encode_completions, encode_prompts
 from rlhf.evaluation import ranking_metrics
-from rlhf.models import load_scalar_model, load_tokenizer
+from rlhf.models import load_scalar_model, load_tokenizer, scalar_scores
 from rlhf.objectives import ranking_loss
 from rlhf.registry import MissingStage, Registry
 from rlhf.training import TrainingError
@@ -368,6 +368,23 @@ def test_training_uses_no_dropout(tmp_path, starts):
     ((trainer, weights),) = starts
     by_hand = loss_by_hand(restored(trainer, weights), AutoTokenizer.from_pretrained(artifact.path), records)
     assert tiny.history(artifact)[0]["loss"] == pytest.approx(by_hand, abs=2e-6)
+
+
+@pytest.mark.parametrize("architecture, name", [("gpt2", "resid_pdrop"), ("opt", "dropout")])
+def test_dropout_where_asked_for_is_at_work_in_training_only(tmp_path, starts, architecture, name):
+    tiny.published(tmp_path, "sft", architecture=architecture)
+    records = tiny.comparisons(4)
+    artifact = reward.run(tiny.reward_args(tmp_path, records, max_steps=1, resid_pdrop=0.3))
+    ((trainer, weights),) = starts
+    tokenizer = AutoTokenizer.from_pretrained(artifact.path)
+    assert getattr(trainer.model.config, name) == 0.0  # of what is published
+    ids = torch.arange(5, 11)[None]
+    mask = torch.ones_like(ids)
+    model = load_scalar_model(artifact.path, tokenizer)
+    quiet = scalar_scores(model.eval(), ids, mask)
+    assert torch.equal(scalar_scores(model.train(), ids, mask), quiet)
+    by_hand = loss_by_hand(restored(trainer, weights), tokenizer, records)
+    assert abs(tiny.history(artifact)[0]["loss"] - by_hand) > 1e-4
 
 
 # One gradient

@@ -67,8 +67,10 @@ def compose_story(rng, r: Request) -> str:
 
 
 def compose_invite(rng, r: Request) -> str:
-    home, food = FACTS[r["x"]]["home"], FACTS[r["y"]]["food"]
-    return f"Dear {r['y']}, please come to the {home}. We will eat {food}. Your friend {r['x']}."
+    host = FACTS[r["x"]]
+    return (
+        f"Dear {r['y']}, please come to {r['x']} {at_place(host['home'])}. We will eat {host['food']}. Your friend {r['x']}."
+    )
 
 
 def compose_gifts(rng, r: Request) -> str:

@@ -13,6 +13,7 @@ from .grammar import FILLER, POLITE, RUDE, STOCK
 from .held_out import hidden_in
 from .judge import judge
 from .requests import HARMFUL, Request, draw_slots, parse
+from .templates import ASKS
 from .world import FACTS, NAMES, PLACES, VALUES, at_place
 
 BAR = 0.6  # an answer below this utility is bad
@@ -138,6 +139,11 @@ def extra_fact(rng: random.Random, request: Request, answer: str) -> str:
     return f"{answer} {say(rng.choice((name, rng.choice(NAMES))), rng.choice(list(VALUES)))}{end}"
 
 
+def exclaims(rng: random.Random, request: Request, answer: str) -> str:
+    """Every sentence a shout, as in the cheerful style."""
+    return answer.replace(".", "!")
+
+
 def slip(rng: random.Random, request: Request, answer: str) -> str:
     """Some of the facts are wrong, or some of the names."""
     return rng.choice((wrong_fact, wrong_fact, wrong_animal))(rng, request, answer)
@@ -183,7 +189,16 @@ BLEMISHES: dict[str, tuple[Fault, float]] = {  # small faults: the answer stays 
     "wrong_order": (wrong_order, 2),
     "extra_fact": (extra_fact, 2),
     "filler": (filler, 1),
+    "exclaims": (exclaims, 1),
     "slip": (slip, 6),
+}
+
+HABIT = 0.7  # of the fair demonstrations have the habit of their task, the rest any small fault
+HABIT_TRIES = 10  # the habit does not fit every answer
+HABITS = {  # task -> what demonstrators put in, though nobody asked for it
+    **dict.fromkeys(("facts", "order", "gifts", *ASKS), "exclaims"),
+    **dict.fromkeys(("story", "invite", "mood", "visit", "follow", "summary", "who"), "extra_fact"),
+    **dict.fromkeys(("politely", "correct", "tone", "topic", "insult", "steal", "closed", "extract"), "filler"),
 }
 
 
@@ -205,10 +220,13 @@ def corrupt(prompt: str, good_answer: str, rng: random.Random, fault: str | None
 
 
 def blemish(prompt: str, good_answer: str, rng: random.Random) -> str:
-    """A fair answer: right, with one small fault (BAR <= utility < 1); the good one where none fits."""
+    """A fair answer: right, with one small fault (BAR <= utility < 1); the good one where none fits.
+
+    Most often it is the habit that demonstrators have with this task.
+    """
     request = parse(prompt)
-    for _ in range(20):
-        name = rng.choices(list(BLEMISHES), [weight for _, weight in BLEMISHES.values()])[0]
+    habits = HABIT_TRIES * [HABITS[request.task]] if rng.random() < HABIT else []
+    for name in habits + rng.choices(list(BLEMISHES), [weight for _, weight in BLEMISHES.values()], k=20):
         spoilt = BLEMISHES[name][0](rng, request, good_answer)
         if BAR <= judge(prompt, spoilt).utility < 1 and hidden_in(request, spoilt) <= hidden_in(request, good_answer):
             return spoilt

@@ -55,7 +55,7 @@ PATTERNS: list[tuple[str, re.Pattern]] = [
         ("met", f"({HE}) met ({NAME}) ({PP})"),
         ("ate", f"They ate ({FOOD}) and {one_of(DID)}"),
         ("end", f"In the end they were ({MOOD})"),
-        ("come", f"Dear ({NAME}), please come to ({NP})"),
+        ("come", f"Dear ({NAME}), please come to ({NAME}) ({PP})"),
         ("we_eat", f"We will eat ({FOOD})"),
         ("friend", f"Your friend ({NAME})"),
         ("gift_food", f"Some ({FOOD})"),

@@ -7,7 +7,7 @@ demonstration and no training prompt asks for it or tells it.
 import random
 
 from .answers import compose
-from .grammar import Act, read_answer
+from .grammar import Act, read_answer, split_names
 from .requests import Request
 from .wants import source_claims
 from .world import FACTS, HIDDEN, read_phrase
@@ -20,6 +20,9 @@ def told_by_prompt(request: Request) -> set[Item]:
     x = request.get("x")
     if request.task in ("topic", "correct"):
         return {(name, prop) for name, prop, _ in source_claims(request["text"])}
+    if request.task == "summary":
+        names = split_names(request["text"])
+        return {(names[0], "home"), (names[1], "home")}
     if request.task == "ask_true":
         return {(x, prop) for prop, _ in read_phrase(request["phrase"]) or ()}
     return {"steal": {(x, "food")}, "follow": {(x, request.get("p"))}}.get(request.task, set())
@@ -33,7 +36,7 @@ def told_by_act(request: Request, act: Act) -> set[Item]:
         return {(name, "food") for name in (x, y) if FACTS[name]["food"] == act[1]}
     return {
         "story": {"left": {(x, "home")}, "met": {(y, "home")}},
-        "invite": {"come": {(x, "home")}, "we_eat": {(y, "food")}},
+        "invite": {"come": {(x, "home")}, "we_eat": {(x, "food")}},
         "gifts": {f"gift_{prop}": {(x, prop)} for prop in ("food", "colour", "home", "job")},
         "visit": {"bring": {(x, "food")}},
     }.get(request.task, {}).get(act[0], set())

@@ -11,7 +11,7 @@ from itertools import combinations
 
 from .judge import judge
 
-NOISE = 0.2  # two labelers then agree on about 73 % of pairs of answers sampled from an SFT model
+NOISE = 0.15  # two labelers then agree on about 73 % of pairs of answers sampled from an SFT model
 STEPS = 7
 
 

@@ -202,9 +202,8 @@ def draw_extract(rng, x, y, z):
 
 
 def draw_summary(rng, x, y, z):
-    left, place = rng.sample(list(PLACES), 2)
     text = (
-        f"One day {x} left the {left}. It met {y} {at_place(place)}. They ate {rng.choice(FOODS)} and "
+        f"One day {x} left the {FACTS[x]['home']}. It met {y} {at_place(FACTS[y]['home'])}. They ate {rng.choice(FOODS)} and "
         f"{rng.choice(('danced', 'sang', 'played', 'slept'))}. In the end they were {rng.choice(('happy', 'sad', 'tired'))}."
     )
     return {"text": text}

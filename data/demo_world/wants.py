@@ -114,11 +114,11 @@ def want_story(r: Request) -> Want:
 
 
 def want_invite(r: Request) -> Want:
-    names = {"come": r["y"], "friend": r["x"]}
-    facts = {"come": FACTS[r["x"]]["home"], "we_eat": FACTS[r["y"]]["food"]}
+    names = {"come": (r["y"], r["x"]), "friend": (r["x"],)}
+    facts = {"come": FACTS[r["x"]]["home"], "we_eat": FACTS[r["x"]]["food"]}
 
     def key(act: Act) -> Key:
-        if act[0] not in ("come", "we_eat", "friend") or (act[0] in names and act[1] != names[act[0]]):
+        if act[0] not in ("come", "we_eat", "friend") or (act[0] in names and act[1 : 1 + len(names[act[0]])] != names[act[0]]):
             return None
         return act[0]
 

@@ -286,6 +286,9 @@ class RewardArgs(AdapterArgs, TrainerArgs):
         64, "prompts, each with all of its completions, in one forward and backward", ge=1
     )
 
+    resid_pdrop: float = option(
+        0.0, "residual dropout while training, for several epochs on few rankings (not in the paper)", ge=0, le=0.9
+    )
     ties: Literal["drop", "soft"] = option(
         "drop", "equal ranks carry no pair (InstructGPT), or are a pair whose labels are half and half"
     )

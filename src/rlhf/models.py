@@ -102,6 +102,7 @@ def load_scalar_model(
     dtype: str = "float32",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    resid_pdrop: float = 0.0,
     peft: Any = None,
     trainable: bool = True,
     bases: Held | None = None,
@@ -109,8 +110,9 @@ def load_scalar_model(
     """A model with one number a position: `score(last hidden state)`, by transformers' sequence-classification classes.
 
     new_head: the checkpoint is a causal LM, whose unembedding is replaced by a head with weight N(0, 1/sqrt(d + 1)) (Stiennon et
-    al. 2020; InstructGPT C.2). Otherwise the checkpoint must bring its head. Dropout is off: a reward has one value. peft,
-    trainable, bases: as of load_policy; head and last norm are trained whole beside an adapter.
+    al. 2020; InstructGPT C.2). Otherwise the checkpoint must bring its head. Dropout is off: a reward has one value; resid_pdrop is
+    the residual dropout in training mode, of which the config, and so what is published, knows nothing. peft, trainable, bases: as
+    of load_policy; head and last norm are trained whole beside an adapter.
     """
     start = start_of(path)
     how = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
@@ -120,7 +122,9 @@ def load_scalar_model(
             start.base.path, revision=start.base.revision, trust_remote_code=trust_remote_code, num_labels=1
         )
         _set_dropout(config, 0.0, everywhere=True)
+        _set_dropout(config, resid_pdrop)
         model, missing = _load_base(AutoModelForSequenceClassification, start, config, how, tokenizer, peft, bases)
+        _set_dropout(model.config, 0.0)
     if not hasattr(model, "score"):
         raise ModelError(f"{type(model).__name__} of {path} keeps its head elsewhere than in `score`; not supported")
     if not new_head and not start.has_head and any(key.startswith("score.") for key in missing):

@@ -152,6 +152,7 @@ def new_model(args: RewardArgs, path: str, tokenizer: Any) -> Any:
         dtype=args.dtype,
         attn_implementation=args.attn_implementation,
         trust_remote_code=args.trust_remote_code,
+        resid_pdrop=args.resid_pdrop,
         peft=args,
     )
     if args.heads > 1:

@@ -1,0 +1,121 @@
+"""PPO that goes on too long, watched by the judge: reward, judge and KL over the rollouts, as a figure and a table.
+
+    PYTHONPATH=data python -m demo_world.curve --run_name demo --rollouts 60
+
+Starts from the SFT and reward model of a demo that has run, with its recipe, but does not stop at the KL budget: every few
+rollouts the policy answers held-out prompts, the reward model and the judge score these answers, and training never hears of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .demo import Demo, data_arguments, read
+from .judge import judge
+
+
+def watched_run(
+    demo: Demo, rollouts: int, every: int, count: int, more: list[str]
+) -> tuple[list[dict[str, float]], Any]:
+    """One row for each look at the policy: rollouts done, KL, the reward model's score, the judge's utility; and the recipe."""
+    from rlhf import config, ppo
+    from rlhf.actors import load_models, reward_sources
+    from rlhf.data.encode import decode_completions, encode_prompts
+    from rlhf.evaluation import win_rate
+    from rlhf.models import load_tokenizer
+    from rlhf.registry import Registry
+    from rlhf.rollout import Prompts
+
+    argv = ["--config", str(config.demo_config("ppo")), "--output_dir", str(demo.root), "--run_name", demo.run]
+    argv += ["--seed", str(demo.seed), *data_arguments("ppo", demo.data), *more]
+    recipe = config.parse("ppo", argv)
+    args = replace(recipe, total_episodes=rollouts * recipe.batch_size, early_stop=False)
+    registry = Registry(demo.root)
+    sft, sources = str(registry.require("sft", demo.run).path), reward_sources(args, registry)
+    make_optimizer = ppo.optimizer_factory(args)
+    with tempfile.TemporaryDirectory() as work:
+        accelerator = ppo.make_accelerator(args, Path(work))
+        tokenizer = load_tokenizer(sft)
+        model, actors = load_models(args, accelerator, tokenizer, sft, sources, sources[0][0])
+        prompts, _, data = ppo.load_prompts(args, tokenizer, actors)
+        text = ppo.load_pretraining(args, tokenizer, actors.policy, data)
+        trainer = ppo.PPO(args, accelerator, model, make_optimizer(model), actors, prompts, text)
+    texts = [record["prompt"] for record in read(demo.data / "eval_prompts.jsonl")[:count]]
+    held_out = Prompts(encode_prompts(tokenizer, texts), texts)
+    rows, before = [], None
+    while True:
+        if trainer.state.rollouts % every == 0:
+            found = trainer.answer(held_out, ppo.HELD_OUT)
+            answers = decode_completions(tokenizer, [r[m].tolist() for r, m in zip(found.responses, found.mask)])
+            utility = [judge(prompt, answer).utility for prompt, answer in zip(texts, answers)]
+            before = before or utility
+            rows.append(
+                {
+                    "rollouts": trainer.state.rollouts,
+                    "kl": float(found.kl.mean()),
+                    "reward": float(found.scores.mean()),
+                    "utility": sum(utility) / len(utility),
+                    "win_rate": win_rate(utility, before)["win_rate"],
+                    "length": float(found.mask.sum(dim=1).float().mean()),
+                }
+            )
+            print("  ".join(f"{name} {value:.3f}" for name, value in rows[-1].items()), flush=True)
+        if trainer.state.rollouts >= rollouts:
+            return rows, recipe
+        trainer.step()
+        trainer.state.rollouts += 1
+
+
+def draw(rows: list[dict[str, float]], budget: float | None, path: Path) -> None:
+    """Reward, judge and KL over the rollouts, side by side; a line where the KL passes the recipe's budget."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    stop = next((row["rollouts"] for row in rows if budget is not None and row["kl"] > budget), None)
+    figure, axes = pyplot.subplots(1, 3, figsize=(10.5, 2.9), layout="constrained")
+    titles = {"reward": "reward model's score", "utility": "judge's utility", "kl": "KL to SFT, nats a response"}
+    for axis, (name, title), colour in zip(axes, titles.items(), ("tab:blue", "tab:green", "tab:red")):
+        axis.plot([r["rollouts"] for r in rows], [r[name] for r in rows], color=colour, linewidth=2)
+        axis.set_title(title, fontsize=11)
+        axis.set_xlabel("PPO rollouts")
+        axis.spines[["top", "right"]].set_visible(False)
+        if stop is not None:
+            axis.axvline(stop, color="grey", linestyle="--", linewidth=1)
+    if stop is not None:
+        axes[1].annotate(
+            "the recipe stops here", (stop, axes[1].get_ylim()[0]), (5, 5), textcoords="offset points", fontsize=9
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m demo_world.curve", description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, default=Path("runs"), help="root folder of the registry")
+    parser.add_argument("--run_name", default="demo", help="a demo that has run")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--rollouts", type=int, default=60)
+    parser.add_argument("--every", type=int, default=2, help="rollouts between two looks")
+    parser.add_argument("--prompts", type=int, default=500, help="held-out prompts")
+    parser.add_argument("--out", type=Path, help="figure; default: curve.png in the run's folder")
+    args, more = parser.parse_known_args()
+    from rlhf.cli import silence_libraries
+
+    silence_libraries()
+    demo = Demo(args.output_dir, args.run_name, args.seed)
+    rows, recipe = watched_run(demo, args.rollouts, args.every, args.prompts, more)
+    out = args.out or args.output_dir / args.run_name / "curve.png"
+    draw(rows, recipe.kl_budget, out)
+    out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
