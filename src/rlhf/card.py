@@ -258,12 +258,13 @@ def _loading_an_adapter(facts: Facts) -> str:
     base: Mapping[str, Any] = facts.adapters.get(".", {})
     ref = base.get("ref")
     auto = "AutoPeftModelForSequenceClassification" if facts.stage == "rm" else "AutoPeftModelForCausalLM"
+    own = facts.config.get("hub_model_id") or "user/name"
     labels = ", num_labels=1" if facts.stage == "rm" else ""
     lines = [
         f"from peft import {auto}",
         "from transformers import AutoTokenizer",
-        'tokenizer = AutoTokenizer.from_pretrained("user/name")',
-        f'model = {auto}.from_pretrained("user/name"{labels}).eval()',
+        f'tokenizer = AutoTokenizer.from_pretrained("{own}")',
+        f'model = {auto}.from_pretrained("{own}"{labels}).eval()',
     ]
     parts = [_fence("\n".join(lines), "python")]
     if facts.stage == "rm":
@@ -283,7 +284,8 @@ def _loading_an_adapter(facts: Facts) -> str:
     if base.get("quantization"):
         bits = "4" if base["quantization"].get("load_in_4bit") else "8"
         parts.append(f"It was trained on that base quantised to {bits} bits (bitsandbytes); load the base so.")
-    parts.append("`user/name` is this repository's id, or a local folder. `stage.json` holds its full record.")
+    told = "" if facts.config.get("hub_model_id") else "`user/name` is this repository's id, or a local folder. "
+    parts.append(f"{told}`stage.json` holds its full record.")
     return "\n\n".join(parts)
 
 

@@ -25,7 +25,7 @@ from rlhf.bases import start_of
 from rlhf.config import SFTArgs
 from rlhf.data import fingerprint
 from rlhf.data.encode import blocks, encode_demonstrations
-from rlhf.engine import gathered, settle, whole
+from rlhf.engine import check_trainers_optimizer, gathered, settle, whole
 from rlhf.evaluation import answer, score_answers
 from rlhf.models import (
     accepts,
@@ -46,7 +46,9 @@ from rlhf.training import (
     keep_fitting,
     load_splits,
     load_text,
+    open_registry,
     publish,
+    push_published,
     resolve,
     saver,
     synchronise,
@@ -57,7 +59,7 @@ from rlhf.training import (
 
 def run(args: SFTArgs) -> Artifact | None:
     """Trains and publishes `RUN_NAME/sft`; returns the artifact on the first process."""
-    registry = Registry(args.output_dir)
+    registry = open_registry(args)
     path, base = resolve(registry, args.model_name_or_path, args.run_name, "base")
     with work_folder(args, registry, "sft") as (work, resume):
         training_args = sft_arguments(args, work)
@@ -93,6 +95,7 @@ def run(args: SFTArgs) -> Artifact | None:
                 processing_class=tokenizer,
                 callbacks=[MarkComplete()],
             )
+        check_trainers_optimizer(trainer)
         chooser = choose_by_reward(args, registry, work, tokenizer, held_out, base)
         if chooser is not None:
             chooser.trainer = trainer
@@ -105,7 +108,7 @@ def run(args: SFTArgs) -> Artifact | None:
             loss = trainer.evaluate()["eval_loss"]
             metrics |= {"eval_loss": loss, "perplexity": math.exp(min(loss, 50.0))}
         restore_dropout(model, path, args)
-        return publish(
+        artifact = publish(
             registry,
             args,
             "sft",
@@ -117,6 +120,7 @@ def run(args: SFTArgs) -> Artifact | None:
             history=trainer.state.log_history,
             models={"here": model},
         )
+    return push_published(args, artifact)
 
 
 def sft_arguments(args: SFTArgs, work: Any) -> SFTConfig:
