@@ -39,7 +39,8 @@ def test_a_public_repository_is_asked_for(tmp_path, hub):  # noqa: F811
     assert not hub.repos["alice/demo"].private
 
 
-def test_no_file_and_no_line_of_a_run_holds_the_token(tmp_path, hub):  # noqa: F811
+def test_no_file_and_no_line_of_a_run_holds_the_token(tmp_path, hub, monkeypatch):  # noqa: F811
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)  # which a stage of this process may have set
     registry = tiny.published(tmp_path, "base")
     args = tiny.sft_args(tmp_path, report_to=["tensorboard"], save_steps=1, **PUSH)
     config = tiny.write_config(tmp_path / "sft.json", args)

@@ -198,7 +198,23 @@ def add_plan(commands: Any) -> None:
     add("--json", action="store_true", help="everything in bytes, for programs")
 
 
-GROUPS: list[Callable[[Any], None]] = [add_registry, add_hub, add_plan, add_data, add_reward]
+def add_report(commands: Any) -> None:
+    help = "one HTML page of a run: lineage, tables, curves, samples; it needs nothing beside it"
+    parser = command(commands, "report", "rlhf.report:run", help)
+    parser.add_argument(
+        "name", metavar="RUN", help="the run; its newest version of each stage is shown, all are listed"
+    )
+    parser.add_argument("--root", default="runs", help="root folder of the registry (default: %(default)s)")
+    parser.add_argument("--out", metavar="FILE", help="the page (default: ROOT/RUN/report.html)")
+
+
+def add_doctor(commands: Any) -> None:
+    help = "what this machine can do: versions, devices, threads, backends, DeepSpeed, disk, Hub; with what to do"
+    parser = command(commands, "doctor", "rlhf.doctor:run", help)
+    parser.add_argument("--root", default="runs", help="root folder of the registry (default: %(default)s)")
+
+
+GROUPS: list[Callable[[Any], None]] = [*(add_registry, add_hub, add_report, add_plan, add_data, add_reward, add_doctor)]
 
 
 if __name__ == "__main__":

@@ -120,6 +120,7 @@ def run(args: RewardArgs) -> Artifact | None:
             data=[fingerprint(comparisons)],
             metrics=metrics,
             history=trainer.state.log_history,
+            extra={"samples": report["examples"]} if report is not None else None,
             models={"here": model},
         )
         if artifact is not None and report is not None:

@@ -24,7 +24,8 @@ from rlhf import adapters
 from rlhf.bases import start_of
 from rlhf.config import SFTArgs
 from rlhf.data import fingerprint
-from rlhf.data.encode import blocks, encode_demonstrations
+from rlhf.data.encode import blocks, encode_demonstrations, encode_prompts
+from rlhf.data.records import prompt_text
 from rlhf.engine import check_trainers_optimizer, gathered, settle, whole
 from rlhf.evaluation import answer, score_answers
 from rlhf.models import (
@@ -55,6 +56,8 @@ from rlhf.training import (
     trainer_arguments,
     work_folder,
 )
+
+SAMPLES = 4  # answers to held-out prompts that the card shows
 
 
 def run(args: SFTArgs) -> Artifact | None:
@@ -107,6 +110,7 @@ def run(args: SFTArgs) -> Artifact | None:
         if trainer.eval_dataset is not None:
             loss = trainer.evaluate()["eval_loss"]
             metrics |= {"eval_loss": loss, "perplexity": math.exp(min(loss, 50.0))}
+        samples = sample_answers(args, trainer, tokenizer, held_out["prompt"][:SAMPLES])
         restore_dropout(model, path, args)
         artifact = publish(
             registry,
@@ -118,6 +122,7 @@ def run(args: SFTArgs) -> Artifact | None:
             data=data,
             metrics=metrics,
             history=trainer.state.log_history,
+            extra={"samples": samples} if samples else None,
             models={"here": model},
         )
     return push_published(args, artifact)
@@ -225,6 +230,23 @@ def choose_by_reward(
     return ChooseByReward(
         args, work / "best", tokenizer, held_out["prompt"][:], load_scalar_model(path, tokenizer).eval()
     )
+
+
+def sample_answers(args: SFTArgs, trainer: Any, tokenizer: Any, prompts: Sequence[Any]) -> list[dict[str, Any]]:
+    """One answer to each of a few held-out prompts, for the card; every process samples the same."""
+    model = trainer.model.eval()
+    context = context_length(model) or args.max_length
+    fitting = [
+        p for p, ids in zip(prompts, encode_prompts(tokenizer, prompts)) if len(ids) + args.response_length <= context
+    ]
+    if not fitting:
+        return []
+    with whole(trainer.model_wrapped, model):
+        answers = answer(model, tokenizer, fitting, response_length=args.response_length, seed=args.seed)
+    return [
+        {"prompt": prompt_text(prompt), "completion": text, "ended": ended}
+        for prompt, text, ended in zip(fitting, answers.texts, answers.ended)
+    ]
 
 
 class CompletionTrainer(SFTTrainer):

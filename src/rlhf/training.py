@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from rlhf import RLHFError, adapters, card, hub
+from rlhf import RLHFError, adapters, card, curves, hub
 from rlhf.bases import check_optimizer
 from rlhf.config import StageArgs, TrainerArgs, to_dict
 from rlhf.data import load, split_by_key
@@ -468,6 +468,7 @@ def publish(
         if history:
             lines = "".join(json.dumps(line) + "\n" for line in history)
             (draft.path / "metrics.jsonl").write_text(lines, encoding="utf-8")
+            curves.draw(history, draft.path / "figures" / "training.png")
         facts: dict[str, Any] = {
             "parents": parents,
             "base_model": base_model,
