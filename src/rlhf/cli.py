@@ -49,8 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def run_stage(stage: str, argv: list[str] | None = None) -> None:
-    """What scripts/<stage>.py does: parse arguments, run the stage, turn an RLHFError into one line and exit status 2."""
+def run_stage(stage: str, argv: list[str] | None = None, *, last: bool = True) -> None:
+    """What scripts/<stage>.py does: parse arguments, run the stage, turn an RLHFError into one line and exit status 2.
+
+    last: no other stage follows in this process. Processes of one launch then part together: one that exits while another still
+    listens to it may take that one down, after all is done. A stage that fails does not wait for anyone.
+    """
     if stage not in ARTIFACTS:
         raise ValueError(f"{stage!r} is no stage: {', '.join(ARTIFACTS)}")
     args: Any = None
@@ -62,6 +66,8 @@ def run_stage(stage: str, argv: list[str] | None = None) -> None:
         if not (sys.argv[1:] if argv is None else argv):
             _prepare_demo(stage)
         importlib.import_module(f"rlhf.{stage}").run(args)
+        if last and os.environ.get("WORLD_SIZE", "1") != "1":
+            importlib.import_module("rlhf.training").end_processes()
     except LaunchError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(10)  # the first process says the same; the launcher ends this one when that has

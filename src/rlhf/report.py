@@ -27,6 +27,7 @@ STYLE = """<style>
 main { display: block; } section { margin-bottom: 1.2em; }
 pre.plain { font: 13px/1.4 ui-monospace, monospace; max-height: none; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; margin: .4em .4em 0 0; }
+.figures img { width: calc(50% - .6em); }
 details { margin-top: .8em; } summary { cursor: pointer; } h3 { font-size: 1em; margin: 1em 0 .3em; }
 table { width: auto; } code { font-size: .85em; }
 </style>
@@ -90,7 +91,7 @@ def _stage(registry: Registry, artifact: Artifact) -> str:
         _titled("Metrics", _table(("metric", "value", "95 % interval"), card.metric_rows(manifest["metrics"]))),
         _titled("Training", _curves(history)),
         _titled("Alarms", _table(("rollout", "alarm"), list(_alarms(history)))),
-        _titled("Figures", "".join(_image(path.read_bytes(), path.stem) for path in _figures(artifact.path, evals))),
+        _titled("Figures", _pictures(_figures(artifact.path, evals))),
         "".join(_evaluation(path) for path in sorted(evals.glob("*.json"))),
         _titled(
             "Samples", "".join(map(_sample, list(manifest.get("extra", {}).get("samples") or [])[-card.MOST_SAMPLES :]))
@@ -156,6 +157,11 @@ def _evaluation(path: Path) -> str:
 def _curves(history: Sequence[Mapping[str, Any]]) -> str:
     stream = io.BytesIO()
     return _image(stream.getvalue(), "training curves") if curves.draw(history, stream) else ""
+
+
+def _pictures(paths: Sequence[Path]) -> str:
+    shown = "".join(_image(path.read_bytes(), path.stem) for path in paths)
+    return f'<div class="figures">{shown}</div>' if shown else ""
 
 
 def _image(data: bytes, name: str) -> str:
