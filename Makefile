@@ -18,7 +18,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 STAGE_ARGS = $(if $(CONFIG),--config $(CONFIG),) $(if $(RUN),--run_name $(RUN),) $(ARGS)
 LAUNCH = $(BIN)/accelerate launch --quiet $(ACCELERATE_ARGS)
 
-.PHONY: setup demo test lint pretrain sft rm ppo clean
+.PHONY: setup demo test lint pretrain sft rm ppo eval report doctor bench clean
 
 setup: $(VENV)/.made
 
@@ -50,6 +50,23 @@ rm: setup
 
 ppo: setup
 	$(LAUNCH) scripts/ppo.py $(STAGE_ARGS)
+
+# RUN is the demo's where none is given.
+eval: setup
+	$(BIN)/rlhf eval $(or $(RUN),demo)/rm $(ARGS)
+
+report: setup
+	$(BIN)/rlhf report $(or $(RUN),demo) $(ARGS)
+
+doctor: setup
+	$(BIN)/rlhf doctor $(ARGS)
+
+# What needs no GPU, no data from outside and no second environment; each prints its table. They take turns, since they are timed.
+bench: setup
+	$(BIN)/python benchmarks/zero.py
+	$(BIN)/python benchmarks/memory_modes.py
+	$(BIN)/python benchmarks/data.py --prompts 20000
+	$(BIN)/python benchmarks/parity_trl.py --compare
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -11,8 +11,9 @@ from rlhf.cli import run_stage
 
 def main() -> None:
     words = sys.argv[1:]
-    for stage, config in zip(words[::2], words[1::2]):
-        run_stage(stage, ["--config", config])
+    stages = list(zip(words[::2], words[1::2]))
+    for i, (stage, config) in enumerate(stages):
+        run_stage(stage, ["--config", config], last=i + 1 == len(stages))
         gc.collect()  # transformers knows of a launch under ZeRO 3 by an object of the stage before
 
 

@@ -3,12 +3,15 @@
 import os
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import test_ppo
 import tiny
 import torch
+from transformers import Trainer, TrainingArguments
 
+from rlhf.engine import EngineError, check_trainers_optimizer, refuse_other_than_adam
 from rlhf.launch import LaunchError, check_launch, ran_out_of_memory
 from rlhf.planning.advice import memory_advice
 
@@ -56,6 +59,31 @@ def test_a_lock_that_a_killed_launch_left_is_refused_and_a_new_one_told(monkeypa
     os.utime(lock, (time.time() - 3600,) * 2)
     with pytest.raises(LaunchError, match=r"lock 60 minutes ago; DeepSpeed would wait for it forever: remove it$"):
         check_launch()
+
+
+@pytest.mark.parametrize("device", ["cpu", "none"])
+def test_an_offloaded_optimiser_is_an_adam(device):
+    """DeepSpeed's CPU Adam would step in the place of any other, in silence: under PPO's engine and under Trainer's."""
+    config = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": device}}}
+
+    def trainer(optim):
+        plugin = SimpleNamespace(deepspeed_config=config)
+        made = SimpleNamespace(accelerator=SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)))
+        made.args = TrainingArguments(output_dir="unused", optim=optim, report_to="none")
+        made.get_optimizer_cls_and_kwargs = Trainer.get_optimizer_cls_and_kwargs
+        return made
+
+    check_trainers_optimizer(trainer("adamw_torch"))
+    refuse_other_than_adam(config, torch.optim.Adam)
+    if device == "none":
+        check_trainers_optimizer(trainer("sgd"))
+        return
+    for check in (
+        lambda: check_trainers_optimizer(trainer("sgd")),
+        lambda: refuse_other_than_adam(config, torch.optim.SGD),
+    ):
+        with pytest.raises(EngineError, match="an offloaded optimiser is DeepSpeed's CPU Adam, and SGD was asked for"):
+            check()
 
 
 def test_errors_of_memory_are_told_from_others():

@@ -297,13 +297,17 @@ def test_a_process_that_dies_takes_the_others_with_it(tmp_path):
 
 
 @pytest.mark.slow
-def test_fsdp_without_a_gpu_is_one_line(tmp_path):
+@pytest.mark.parametrize(
+    ("strategy", "says"),
+    [("fsdp2", "FSDP is for CUDA"), ("ddp", "2 processes were launched for as many GPUs, and there is none")],
+)
+def test_a_launch_for_gpus_that_are_not_there_is_one_line(tmp_path, strategy, says):
     registry = tiny.published(tmp_path, "base")
     config = tiny.write_config(tmp_path / "sft.json", tiny.sft_args(tmp_path))
-    failed = tiny.launch(command("fsdp2", "scripts/sft.py", "--config", config))
+    failed = tiny.launch(command(strategy, "scripts/sft.py", "--config", config))
     assert "exitcode  : 2" in failed.stderr and failed.returncode != 0  # the launcher's own status is 1
     (line,) = [line for line in failed.stderr.splitlines() if line.startswith("error:")]
-    assert "FSDP is for CUDA" in line
+    assert says in line
     assert not (registry.root / "tiny" / "sft").exists()
 
 

@@ -622,6 +622,16 @@ def test_prunable_spares_the_newest_the_tagged_and_every_ancestor(registry):
     assert sorted(name for name in os.listdir(sfts[0].path.parent) if name.startswith(".draft-")) == []
 
 
+def test_prunable_spares_the_base_of_an_adapter_whose_other_parents_are_missing(registry):
+    """As after pulling a reward model that is an adapter: the SFT adapter between it and the base did not come along."""
+    bases = [publish(registry, "demo/base") for _ in range(2)]
+    on = {".": {"kind": "artifact", "ref": bases[0], "revision": None, "sha256": bases[0].weights_sha256}}
+    sft = publish(registry, parents=[bases[0]], adapters=on)
+    publish(registry, "demo/rm", parents=[sft], adapters=on)
+    registry.remove(sft)
+    assert registry.prunable(keep=1) == []
+
+
 # --- processes
 
 PUBLISHER = """

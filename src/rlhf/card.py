@@ -175,19 +175,19 @@ def evaluations(facts: Facts) -> list[Any]:
     for key, value in _measured(facts.metrics).items():
         where, _, name = key.rpartition(".")
         metric, title = EVALUATIONS[name]
-        interval = _interval(facts.metrics, key)
-        title += (f", {where}" if where else "") + (f" (95 % CI {interval})" if interval else "")
+        low_high = interval(facts.metrics, key)
+        title += (f", {where}" if where else "") + (f" (95 % CI {low_high})" if low_high else "")
         results.append(EvalResult(metric_type=metric, metric_value=value, metric_name=title, **shared))
     return results
 
 
 def _measured(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The metrics that are EVALUATIONS, by their dotted names."""
-    flat = dict(_flat(metrics))
+    values = dict(flat(metrics))
     found = {}
-    for key, value in flat.items():
+    for key, value in values.items():
         where, dot, name = key.rpartition(".")
-        default = name == "accuracy" and flat.get(f"{where}{dot}pairs") == 0  # 0.5 over no pair was not measured
+        default = name == "accuracy" and values.get(f"{where}{dot}pairs") == 0  # 0.5 over no pair was not measured
         if name in EVALUATIONS and isinstance(value, (int, float)) and not isinstance(value, bool) and not default:
             found[key] = value
     return found
@@ -258,12 +258,13 @@ def _loading_an_adapter(facts: Facts) -> str:
     base: Mapping[str, Any] = facts.adapters.get(".", {})
     ref = base.get("ref")
     auto = "AutoPeftModelForSequenceClassification" if facts.stage == "rm" else "AutoPeftModelForCausalLM"
+    own = facts.config.get("hub_model_id") or "user/name"
     labels = ", num_labels=1" if facts.stage == "rm" else ""
     lines = [
         f"from peft import {auto}",
         "from transformers import AutoTokenizer",
-        'tokenizer = AutoTokenizer.from_pretrained("user/name")',
-        f'model = {auto}.from_pretrained("user/name"{labels}).eval()',
+        f'tokenizer = AutoTokenizer.from_pretrained("{own}")',
+        f'model = {auto}.from_pretrained("{own}"{labels}).eval()',
     ]
     parts = [_fence("\n".join(lines), "python")]
     if facts.stage == "rm":
@@ -283,7 +284,8 @@ def _loading_an_adapter(facts: Facts) -> str:
     if base.get("quantization"):
         bits = "4" if base["quantization"].get("load_in_4bit") else "8"
         parts.append(f"It was trained on that base quantised to {bits} bits (bitsandbytes); load the base so.")
-    parts.append("`user/name` is this repository's id, or a local folder. `stage.json` holds its full record.")
+    told = "" if facts.config.get("hub_model_id") else "`user/name` is this repository's id, or a local folder. "
+    parts.append(f"{told}`stage.json` holds its full record.")
     return "\n\n".join(parts)
 
 
@@ -313,17 +315,18 @@ def _data(facts: Facts) -> str:
 
 
 def _metrics(facts: Facts) -> str:
-    rows = [
-        (name, value, _interval(facts.metrics, name))
-        for name, value in _flat(facts.metrics)
-        if not name.endswith("_ci95")
-    ]
-    return _table(("metric", "value", "95 % interval"), rows)
+    return _table(("metric", "value", "95 % interval"), metric_rows(facts.metrics))
 
 
-def _interval(metrics: Mapping[str, Any], name: str) -> str:
-    low_high = dict(_flat(metrics)).get(f"{name}_ci95")
-    return " – ".join(map(_number, low_high)) if isinstance(low_high, (list, tuple)) else ""
+def metric_rows(metrics: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
+    """(name, value, 95 % interval) of each metric, nested ones by their dotted names."""
+    return [(name, value, interval(metrics, name)) for name, value in flat(metrics) if not name.endswith("_ci95")]
+
+
+def interval(metrics: Mapping[str, Any], name: str) -> str:
+    """The 95 % interval that stands beside a metric, as text; empty where there is none."""
+    low_high = dict(flat(metrics)).get(f"{name}_ci95")
+    return " – ".join(map(number, low_high)) if isinstance(low_high, (list, tuple)) else ""
 
 
 def _figures(folder: Path) -> str:
@@ -335,9 +338,10 @@ def _samples(facts: Facts) -> str:
     parts = []
     for sample in list(facts.extra.get("samples") or [])[-MOST_SAMPLES:]:
         texts = (str(sample.get(key, ""))[:LONGEST_SAMPLE] for key in ("prompt", "completion"))
-        rest = [f"{key}: {_number(value)}" for key, value in sample.items() if isinstance(value, (int, float))]
+        rest = [f"{key}: {number(value)}" for key, value in sample.items() if isinstance(value, (int, float))]
         parts.append("\n\n".join([*map(_fence, texts), *filter(None, [", ".join(rest)])]))
-    return "Prompt and completion, as sampled.\n\n" + "\n\n---\n\n".join(parts) if parts else ""
+    told = "Held-out answers, as the model scores them" if facts.stage == "rm" else "Prompt and completion, as sampled"
+    return f"{told}.\n\n" + "\n\n---\n\n".join(parts) if parts else ""
 
 
 def _limits(facts: Facts) -> str:
@@ -358,8 +362,14 @@ def _limits(facts: Facts) -> str:
 
 
 def _hyperparameters(facts: Facts) -> str:
-    chosen = {key: _public(value, key) for key, value in facts.config.items() if value not in (None, [], {})}
-    return _fence(yaml.safe_dump(chosen, allow_unicode=True).rstrip(), "yaml") if chosen else ""
+    chosen = hyperparameters(facts.config)
+    return _fence(chosen, "yaml") if chosen else ""
+
+
+def hyperparameters(config: Mapping[str, Any]) -> str:
+    """What was chosen, as YAML that anyone may read."""
+    chosen = {key: public(value, key) for key, value in config.items() if value not in (None, [], {})}
+    return yaml.safe_dump(chosen, allow_unicode=True).rstrip() if chosen else ""
 
 
 def _made_with() -> str:
@@ -372,12 +382,12 @@ def _made_with() -> str:
 # --- text
 
 
-def _public(value: Any, key: str = "") -> Any:
+def public(value: Any, key: str = "") -> Any:
     """A value of the config as anyone may read it: no token, no folders of one person's machine."""
     if isinstance(value, Mapping):
-        return {name: _public(item, name) for name, item in value.items()}
+        return {name: public(item, name) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_public(item) for item in value]
+        return [public(item) for item in value]
     if isinstance(value, str) and (key.endswith("token") or _SECRET.search(value)):
         return "<hidden>"
     return _shown(value) if isinstance(value, str) else value
@@ -387,22 +397,23 @@ def _shown(name: str) -> str:
     return Path(name).name if Path(name).is_absolute() else name
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested mappings as dotted names."""
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 
 
-def _number(value: Any) -> str:
+def number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]], empty: str = "") -> str:
     if not rows:
         return ""
-    cells = [[_number(empty if cell in (None, "") else cell) for cell in row] for row in rows]
+    cells = [[number(empty if cell in (None, "") else cell) for cell in row] for row in rows]
     lines = [header, ["---"] * len(header), *cells]
     return "\n".join("| " + " | ".join(" ".join(c.replace("|", r"\|").split()) for c in line) + " |" for line in lines)
 

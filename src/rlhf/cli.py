@@ -49,8 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def run_stage(stage: str, argv: list[str] | None = None) -> None:
-    """What scripts/<stage>.py does: parse arguments, run the stage, turn an RLHFError into one line and exit status 2."""
+def run_stage(stage: str, argv: list[str] | None = None, *, last: bool = True) -> None:
+    """What scripts/<stage>.py does: parse arguments, run the stage, turn an RLHFError into one line and exit status 2.
+
+    last: no other stage follows in this process. Processes of one launch then part together: one that exits while another still
+    listens to it may take that one down, after all is done. A stage that fails does not wait for anyone.
+    """
     if stage not in ARTIFACTS:
         raise ValueError(f"{stage!r} is no stage: {', '.join(ARTIFACTS)}")
     args: Any = None
@@ -62,6 +66,8 @@ def run_stage(stage: str, argv: list[str] | None = None) -> None:
         if not (sys.argv[1:] if argv is None else argv):
             _prepare_demo(stage)
         importlib.import_module(f"rlhf.{stage}").run(args)
+        if last and os.environ.get("WORLD_SIZE", "1") != "1":
+            importlib.import_module("rlhf.training").end_processes()
     except LaunchError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(10)  # the first process says the same; the launcher ends this one when that has
@@ -198,7 +204,23 @@ def add_plan(commands: Any) -> None:
     add("--json", action="store_true", help="everything in bytes, for programs")
 
 
-GROUPS: list[Callable[[Any], None]] = [add_registry, add_hub, add_plan, add_data, add_reward]
+def add_report(commands: Any) -> None:
+    help = "one HTML page of a run: lineage, tables, curves, samples; it needs nothing beside it"
+    parser = command(commands, "report", "rlhf.report:run", help)
+    parser.add_argument(
+        "name", metavar="RUN", help="the run; its newest version of each stage is shown, all are listed"
+    )
+    parser.add_argument("--root", default="runs", help="root folder of the registry (default: %(default)s)")
+    parser.add_argument("--out", metavar="FILE", help="the page (default: ROOT/RUN/report.html)")
+
+
+def add_doctor(commands: Any) -> None:
+    help = "what this machine can do: versions, devices, threads, backends, DeepSpeed, disk, Hub; with what to do"
+    parser = command(commands, "doctor", "rlhf.doctor:run", help)
+    parser.add_argument("--root", default="runs", help="root folder of the registry (default: %(default)s)")
+
+
+GROUPS: list[Callable[[Any], None]] = [*(add_registry, add_hub, add_report, add_plan, add_data, add_reward, add_doctor)]
 
 
 if __name__ == "__main__":

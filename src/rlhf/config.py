@@ -99,6 +99,13 @@ class StageArgs:
     resume_from_checkpoint: str | None = option(None, "`latest`, or a checkpoint folder of this stage")
     report_to: list[str] = option([], "trackers: tensorboard, trackio, wandb …; default: none but the files of the run")
     disable_tqdm: bool = option(False, "no progress bar")
+    push_to_hub: bool = option(
+        False, "push the version to the Hugging Face Hub once it is published, as `rlhf push` does (docs/hub.md)"
+    )
+    hub_model_id: str | None = option(None, "the model repository of push_to_hub, and the name in the card: USER/NAME")
+    hub_private_repo: bool = option(True, "a repository that push_to_hub makes is private; false: for everyone to see")
+    license: str | None = option(None, "licence of what is published, for its card: apache-2.0, mit, other …")
+    dataset_license: str | None = option(None, "licence of dataset_name, for the card")
 
     stage: typing.ClassVar[str] = ""
 
@@ -109,6 +116,10 @@ class StageArgs:
             raise ConfigError(
                 f"run_name: {self.run_name!r} is not a folder name; use letters, digits, '.', '_' and '-'"
             )
+        if self.hub_model_id is not None and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.hub_model_id):
+            raise ConfigError(f"hub_model_id: {self.hub_model_id!r} is no model repository; write USER/NAME")
+        if self.push_to_hub and self.hub_model_id is None:
+            raise ConfigError("push_to_hub: where to is not said; give hub_model_id, USER/NAME")
 
 
 @dataclass
@@ -134,6 +145,10 @@ class TrainerArgs(StageArgs):
             if name.endswith("_token"):  # a config goes into every manifest and card
                 raise ConfigError(
                     f"training_arguments: {name} does not belong in a config; log in with `hf auth login`, or set HF_TOKEN"
+                )
+            if name.startswith(("hub_", "push_to_hub")):  # Trainer would push checkpoints, without card and manifest
+                raise ConfigError(
+                    f"training_arguments: {name} is not for here; give push_to_hub and hub_model_id as options of the stage"
                 )
 
     @property

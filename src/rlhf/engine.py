@@ -87,7 +87,7 @@ class ZeroEngine(Engine):
         config["gradient_clipping"] = 0.0
         self.config = config
         self.stage = int(config["zero_optimization"]["stage"])
-        refuse_other_than_adam(config, optimizer)
+        refuse_other_than_adam(config, type(optimizer))
         # A parameter without a gradient in one part of a step would keep the one of the step before, or lose its own.
         model.every_part_uses_all = True
         super().__init__(accelerator, model, optimizer)
@@ -179,14 +179,21 @@ def prepare(accelerator: Accelerator, model: Any, optimizer: torch.optim.Optimiz
     return Engine(accelerator, model, optimizer)
 
 
-def refuse_other_than_adam(config: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+def refuse_other_than_adam(config: dict[str, Any], optimizer: type[torch.optim.Optimizer]) -> None:
     """With an offloaded optimiser accelerate puts DeepSpeed's CPU Adam in the place of whatever was asked for, in silence."""
     device = (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
-    if device != "none" and not isinstance(optimizer, torch.optim.Adam):  # AdamW is one
+    if device != "none" and not issubclass(optimizer, torch.optim.Adam):  # AdamW is one
         raise EngineError(
-            f"optim: an offloaded optimiser is DeepSpeed's CPU Adam, and {type(optimizer).__name__} was asked for; set it to "
+            f"optim: an offloaded optimiser is DeepSpeed's CPU Adam, and {optimizer.__name__} was asked for; set it to "
             "adamw_torch, or launch without offload"
         )
+
+
+def check_trainers_optimizer(trainer: Any) -> None:
+    """The same for transformers' Trainer, whose optimiser is made and put into its engine when training begins."""
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        refuse_other_than_adam(plugin.deepspeed_config, trainer.get_optimizer_cls_and_kwargs(trainer.args)[0])
 
 
 # ------------------------------------------------------------------------------------------------- weights that are spread

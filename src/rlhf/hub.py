@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from filelock import FileLock, Timeout
+from huggingface_hub import get_token, is_offline_mode
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -25,7 +26,7 @@ from rlhf.hub_api import OWN, TOKENS, HubError, Remote, Repository, one_line
 from rlhf.manifest import MANIFEST, RegistryError, is_weights
 from rlhf.registry import Artifact, Registry
 
-__all__ = ["HubError", "Pushed", "check_repo_id", "plan", "pull", "push", "tag_of"]
+__all__ = ["HubError", "Pushed", "check_ready", "check_repo_id", "command", "plan", "pull", "push", "tag_of"]
 
 _TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
 
@@ -62,15 +63,11 @@ def push(artifact: Artifact, repo_id: str, *, private: bool = True, force: bool 
     Raises HubError: one line with what to do. The version here is never touched.
     """
     check_repo_id(repo_id)
-    where = artifact.ref if artifact.root == Path("runs").absolute() else artifact.path
-    options = ("" if private else " --public") + (" --force" if force else "")
-    hub = Repository(repo_id, f"nothing is lost: `rlhf push {where} {repo_id}{options}` goes on where this stopped")
-    if hub.token is None:
-        raise HubError(
-            f"no Hub token to push with: run `hf auth login`, or set HF_TOKEN to one that may write ({TOKENS})"
-        )
+    again = command(artifact, repo_id, private=private, force=force)
+    hub = Repository(repo_id, f"nothing is lost: `{again}` goes on where this stopped")
+    check_token()
     refuse_local_bases(artifact)
-    refuse_tokens(artifact, hub.token)
+    refuse_tokens(artifact, str(hub.token))
     if hub.call(hub.look) is None:
         hub.call(lambda: hub.api.create_repo(repo_id, private=private, exist_ok=True))
     remote = hub.call(hub.look)
@@ -91,6 +88,12 @@ def push(artifact: Artifact, repo_id: str, *, private: bool = True, force: bool 
     hub.call(lambda: hub.check(artifact, commit))
     hub.call(lambda: hub.set_tag(tag, commit))
     return Pushed(hub.url, tag, commit, remote.private, changed=True)
+
+
+def command(artifact: Artifact, repo_id: str, *, private: bool = True, force: bool = False) -> str:
+    """The command that pushes a version, as it has to be typed in this folder."""
+    where = artifact.ref if artifact.root == Path("runs").absolute() else artifact.path
+    return f"rlhf push {where} {repo_id}" + ("" if private else " --public") + (" --force" if force else "")
 
 
 def pull(repo_id: str, registry: Registry, *, revision: str | None = None, run_name: str | None = None) -> Artifact:
@@ -123,6 +126,25 @@ def pull(repo_id: str, registry: Registry, *, revision: str | None = None, run_n
         except RegistryError as error:
             shutil.rmtree(folder, ignore_errors=True)  # or the next pull would find the same wrong files
             raise HubError(f"{where}: {error}") from None
+
+
+def check_ready(repo_id: str) -> None:
+    """Raises HubError where a push could not even begin, as far as that is known without asking the Hub."""
+    check_repo_id(repo_id)
+    if is_offline_mode():
+        raise HubError(
+            "HF_HUB_OFFLINE is set, so that nothing can be pushed at the end: unset it, or leave push_to_hub out and "
+            "`rlhf push` later"
+        )
+    check_token()
+
+
+def check_token() -> None:
+    """Raises HubError where nobody is logged in."""
+    if get_token() is None:
+        raise HubError(
+            f"no Hub token to push with: run `hf auth login`, or set HF_TOKEN to one that may write ({TOKENS})"
+        )
 
 
 def check_repo_id(repo_id: str) -> None:

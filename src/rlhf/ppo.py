@@ -39,7 +39,7 @@ from rlhf.engine import local, prepare, put, state_dict
 from rlhf.evaluation import mean_ci95
 from rlhf.models import context_length, load_tokenizer, quiet
 from rlhf.progress import Progress
-from rlhf.registry import Artifact, Registry
+from rlhf.registry import Artifact
 from rlhf.rewards import Reward
 from rlhf.rollout import Actors, Prompts, Rollout, collect, gather, rows_of
 from rlhf.training import (
@@ -52,8 +52,10 @@ from rlhf.training import (
     log_folder,
     mark_complete,
     needs_gloo,
+    open_registry,
     optimizer_name,
     publish,
+    push_published,
     resolve,
     say,
     step_of,
@@ -69,7 +71,7 @@ HELD_OUT = -1  # step of the sampling keys of held-out prompts: rollouts count f
 
 def run(args: PPOArgs) -> Artifact | None:
     """Trains and publishes `RUN_NAME/ppo`; returns the artifact on the first process."""
-    registry = Registry(args.output_dir)
+    registry = open_registry(args)
     sft_path, sft = resolve(registry, args.sft_model_path, args.run_name, "sft")
     sources = reward_sources(args, registry)
     critic_path, critic = critic_source(args, registry, sources, sft_path)
@@ -104,7 +106,7 @@ def run(args: PPOArgs) -> Artifact | None:
             | ({} if trainer.average is None else {"ema": actors.policy}),
         )
         accelerator.end_training()
-        return artifact
+    return push_published(args, artifact)
 
 
 # ------------------------------------------------------------------------------------------------------------- preparation

@@ -25,8 +25,9 @@ from transformers import (
 from rlhf.config import PretrainArgs
 from rlhf.data import fingerprint
 from rlhf.data.encode import blocks
+from rlhf.engine import check_trainers_optimizer
 from rlhf.models import PAD_TOKEN, compile_layers, load_tokenizer
-from rlhf.registry import Artifact, Registry
+from rlhf.registry import Artifact
 from rlhf.training import (
     MarkComplete,
     Rows,
@@ -34,7 +35,9 @@ from rlhf.training import (
     check_processes,
     held_out_or_none,
     load_splits,
+    open_registry,
     publish,
+    push_published,
     saver,
     trainer_arguments,
     work_folder,
@@ -45,7 +48,7 @@ EOS_TOKEN = "<|endoftext|>"
 
 def run(args: PretrainArgs) -> Artifact | None:
     """Trains and publishes `RUN_NAME/base`; returns the artifact on the first process."""
-    registry = Registry(args.output_dir)
+    registry = open_registry(args)
     with work_folder(args, registry, "base") as (work, resume):
         training_args = trainer_arguments(args, work)
         check_processes()
@@ -67,10 +70,11 @@ def run(args: PretrainArgs) -> Artifact | None:
             data_collator=default_data_collator,
             callbacks=[MarkComplete()],
         )
+        check_trainers_optimizer(trainer)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         metrics = {"parameters": model.num_parameters(), "train_tokens": len(train) * args.block_size}
         metrics |= evaluate(trainer)
-        return publish(
+        artifact = publish(
             registry,
             args,
             "base",
@@ -79,6 +83,7 @@ def run(args: PretrainArgs) -> Artifact | None:
             metrics=metrics,
             history=trainer.state.log_history,
         )
+    return push_published(args, artifact)
 
 
 def make_tokenizer(args: PretrainArgs, texts: list[str]) -> PreTrainedTokenizerFast:

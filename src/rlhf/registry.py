@@ -339,7 +339,10 @@ class Registry:
     # --- cleaning up
 
     def prunable(self, keep: int = 3) -> Sequence[Artifact]:
-        """Versions that may go: not tagged, not of the newest `keep` of a stage, no ancestor of one that stays."""
+        """Versions that may go: not tagged, not of the newest `keep` of a stage, and nothing that stays was trained from them.
+
+        What a version was trained from are its parents, theirs, and the bases of adapters: a parent may be missing between.
+        """
         if keep < 1:
             raise RegistryError(f"keep must be at least 1, not {keep}: the newest version always stays")
         versions = {artifact.ref: artifact for artifact in self.scan(on_error=_refuse)}
@@ -351,9 +354,9 @@ class Registry:
         queue = list(kept)
         while queue:
             artifact = versions.get(queue.pop())
-            parents = {parent["ref"] for parent in artifact.parents} if artifact else set()
-            queue += parents - kept
-            kept |= parents
+            needed = {entry["ref"] for entry in (*artifact.parents, *artifact.adapters.values())} if artifact else set()
+            queue += needed - kept
+            kept |= needed
         return [artifact for ref, artifact in versions.items() if ref not in kept]
 
     def stale_drafts(self) -> Sequence[Path]:

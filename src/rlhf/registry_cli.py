@@ -26,7 +26,7 @@ def ls(args: argparse.Namespace) -> None:
     if not artifacts:
         print(f"no versions in {registry.root}")
         return
-    rows = [_row(registry, artifact) for artifact in artifacts]
+    rows = [row(registry, artifact) for artifact in artifacts]
     _print_table(("ref", "created", "parents", "metrics", "size"), rows)
 
 
@@ -35,7 +35,7 @@ def show(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(artifact.manifest, indent=2, ensure_ascii=False))
         return
-    print(f"{artifact.ref}   {artifact.path}   {_size(_bytes(artifact))}")
+    print(f"{artifact.ref}   {artifact.path}   {size(bytes_of(artifact))}")
     told = ("run", "stage", "version", "files")
     facts = {key: value for key, value in artifact.manifest.items() if key not in told and value not in (None, {}, [])}
     for key, value in facts.items():
@@ -48,11 +48,11 @@ def show(args: argparse.Namespace) -> None:
                 print(f"  {name:<32} {_text(item)}")
     print(f"\nfiles\n  {'weights (all together)':<32} {artifact.weights_sha256}")
     for name, recorded in artifact.manifest["files"].items():
-        print(f"  {name:<32} {recorded['sha256']}  {_size(recorded['size'])}")
+        print(f"  {name:<32} {recorded['sha256']}  {size(recorded['size'])}")
 
 
 def lineage(args: argparse.Namespace) -> None:
-    for line in _tree(Registry(args.root).lineage(args.ref)):
+    for line in tree(Registry(args.root).lineage(args.ref)):
         print(line)
 
 
@@ -107,9 +107,9 @@ def untag(args: argparse.Namespace) -> None:
 def gc(args: argparse.Namespace) -> None:
     registry = Registry(args.root)
     artifacts, drafts = registry.prunable(args.keep), registry.stale_drafts()
-    freed = sum(map(_bytes, artifacts)) + sum(map(_folder_bytes, drafts))
+    freed = sum(map(bytes_of, artifacts)) + sum(map(_folder_bytes, drafts))
     for artifact in reversed(artifacts):  # children first, so that an interruption leaves nothing without its parent
-        print(f"{'removed' if args.yes else 'would remove'}  {artifact.ref}  {_size(_bytes(artifact))}")
+        print(f"{'removed' if args.yes else 'would remove'}  {artifact.ref}  {size(bytes_of(artifact))}")
         if args.yes:
             registry.remove(artifact)
     for path in drafts:
@@ -119,13 +119,13 @@ def gc(args: argparse.Namespace) -> None:
     if not artifacts and not drafts:
         print(f"nothing to remove in {registry.root}")
     else:
-        print(f"{_size(freed)} freed" if args.yes else f"{_size(freed)} in all; remove them with --yes")
+        print(f"{size(freed)} freed" if args.yes else f"{size(freed)} in all; remove them with --yes")
 
 
 # --- text
 
 
-def _row(registry: Registry, artifact: Artifact) -> tuple[str, ...]:
+def row(registry: Registry, artifact: Artifact) -> tuple[str, ...]:
     tags = [
         name for name, version in registry.tags(artifact.run, artifact.stage).items() if version == artifact.version
     ]
@@ -135,7 +135,7 @@ def _row(registry: Registry, artifact: Artifact) -> tuple[str, ...]:
         artifact.manifest["created"][:16].replace("T", " "),
         ", ".join(parents),
         " ".join(f"{name}={value:.4g}" for name, value in _main_metrics(artifact)) or NOTHING,
-        _size(_bytes(artifact)),
+        size(bytes_of(artifact)),
     )
 
 
@@ -168,11 +168,11 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
-def _tree(node: Lineage) -> Iterator[str]:
+def tree(node: Lineage) -> Iterator[str]:
     yield _describe(node)
     for i, parent in enumerate(node.parents):
         last = i == len(node.parents) - 1
-        first, *others = _tree(parent)
+        first, *others = tree(parent)
         yield ("└── " if last else "├── ") + first
         for line in others:
             yield ("    " if last else "│   ") + line
@@ -210,7 +210,7 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -218,7 +218,7 @@ def _size(count: float) -> str:
     return f"{count:.4g} TB"
 
 
-def _bytes(artifact: Artifact) -> int:
+def bytes_of(artifact: Artifact) -> int:
     return sum(recorded["size"] for recorded in artifact.manifest["files"].values())
 
 

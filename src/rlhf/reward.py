@@ -30,7 +30,7 @@ from rlhf import adapters, reward_report, shared_prompt
 from rlhf.config import RewardArgs
 from rlhf.data import fingerprint, load
 from rlhf.data.encode import batches, encode_completions, encode_prompts, pad
-from rlhf.engine import settle
+from rlhf.engine import check_trainers_optimizer, settle
 from rlhf.evaluation import ranking_metrics
 from rlhf.models import (
     add_head,
@@ -50,7 +50,7 @@ from rlhf.objectives import (
     rating_margins,
     smoothed_pairs,
 )
-from rlhf.registry import Artifact, Registry
+from rlhf.registry import Artifact
 from rlhf.training import (
     MarkComplete,
     Rows,
@@ -59,7 +59,9 @@ from rlhf.training import (
     held_out_or_none,
     keep_fitting,
     load_splits,
+    open_registry,
     publish,
+    push_published,
     resolve,
     saver,
     trainer_arguments,
@@ -73,7 +75,7 @@ HEADS = "heads.safetensors"  # beside the weights of an ensemble: weight [M, H] 
 
 def run(args: RewardArgs) -> Artifact | None:
     """Trains and publishes `RUN_NAME/rm`; returns the artifact on the first process."""
-    registry = Registry(args.output_dir)
+    registry = open_registry(args)
     path, sft = resolve(registry, args.model_name_or_path, args.run_name, "sft")
     with work_folder(args, registry, "rm") as (work, resume):
         training_args = trainer_arguments(
@@ -94,6 +96,7 @@ def run(args: RewardArgs) -> Artifact | None:
             )
         demonstrations = demonstration_rows(args, tokenizer, comparisons, limit)
         trainer = new_trainer(args, training_args, model, tokenizer, train, evaluation)
+        check_trainers_optimizer(trainer)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         heads = mean_of_heads(trainer)
         metrics: dict[str, Any] = {"comparisons": len(train)}
@@ -117,11 +120,12 @@ def run(args: RewardArgs) -> Artifact | None:
             data=[fingerprint(comparisons)],
             metrics=metrics,
             history=trainer.state.log_history,
+            extra={"samples": report["examples"]} if report is not None else None,
             models={"here": model},
         )
         if artifact is not None and report is not None:
             reward_report.write(report, registry.evals_dir(artifact))
-        return artifact
+    return push_published(args, artifact)
 
 
 def _save(save: Any, ensemble: dict[str, Tensor], report: dict[str, Any] | None, folder: Path | None) -> None:

@@ -85,6 +85,7 @@ def report(
         "reward_and_length": reward_and_length(rankings),
         "scores": {name: _spread(values) for name, values in {**controls, "held-out answers": samples}.items()},
         "margins": _margins(pairs.gaps),
+        "examples": _examples(rankings),
     }
     if any(ranking.members is not None for ranking in rankings):
         found["ensemble"] = _ensemble(rankings, pairs)
@@ -367,6 +368,17 @@ def control_rows(
         for item, answer in zip(chosen, best)
     ]
     return rows
+
+
+def _examples(rankings: Sequence[Ranking]) -> list[dict[str, Any]]:
+    """Of two prompts the answers that score highest and lowest, with the rank that the labeler gave them."""
+    found = []
+    for ranking in [r for r in rankings if len(r.scores) > 1][:2]:
+        order = sorted(range(len(ranking.scores)), key=lambda i: ranking.scores[i])
+        for i in (order[-1], order[0]):
+            answer = {"prompt": ranking.prompt, "completion": ranking.completions[i]}
+            found.append({**answer, "score": round(float(ranking.scores[i]), 4), "rank": ranking.ranks[i]})
+    return found
 
 
 def _curves(

@@ -24,8 +24,9 @@ from rlhf import adapters
 from rlhf.bases import start_of
 from rlhf.config import SFTArgs
 from rlhf.data import fingerprint
-from rlhf.data.encode import blocks, encode_demonstrations
-from rlhf.engine import gathered, settle, whole
+from rlhf.data.encode import blocks, encode_demonstrations, encode_prompts
+from rlhf.data.records import prompt_text
+from rlhf.engine import check_trainers_optimizer, gathered, settle, whole
 from rlhf.evaluation import answer, score_answers
 from rlhf.models import (
     accepts,
@@ -46,7 +47,9 @@ from rlhf.training import (
     keep_fitting,
     load_splits,
     load_text,
+    open_registry,
     publish,
+    push_published,
     resolve,
     saver,
     synchronise,
@@ -54,10 +57,12 @@ from rlhf.training import (
     work_folder,
 )
 
+SAMPLES = 4  # answers to held-out prompts that the card shows
+
 
 def run(args: SFTArgs) -> Artifact | None:
     """Trains and publishes `RUN_NAME/sft`; returns the artifact on the first process."""
-    registry = Registry(args.output_dir)
+    registry = open_registry(args)
     path, base = resolve(registry, args.model_name_or_path, args.run_name, "base")
     with work_folder(args, registry, "sft") as (work, resume):
         training_args = sft_arguments(args, work)
@@ -93,6 +98,7 @@ def run(args: SFTArgs) -> Artifact | None:
                 processing_class=tokenizer,
                 callbacks=[MarkComplete()],
             )
+        check_trainers_optimizer(trainer)
         chooser = choose_by_reward(args, registry, work, tokenizer, held_out, base)
         if chooser is not None:
             chooser.trainer = trainer
@@ -104,8 +110,9 @@ def run(args: SFTArgs) -> Artifact | None:
         if trainer.eval_dataset is not None:
             loss = trainer.evaluate()["eval_loss"]
             metrics |= {"eval_loss": loss, "perplexity": math.exp(min(loss, 50.0))}
+        samples = sample_answers(args, trainer, tokenizer, held_out["prompt"][:SAMPLES])
         restore_dropout(model, path, args)
-        return publish(
+        artifact = publish(
             registry,
             args,
             "sft",
@@ -115,8 +122,10 @@ def run(args: SFTArgs) -> Artifact | None:
             data=data,
             metrics=metrics,
             history=trainer.state.log_history,
+            extra={"samples": samples} if samples else None,
             models={"here": model},
         )
+    return push_published(args, artifact)
 
 
 def sft_arguments(args: SFTArgs, work: Any) -> SFTConfig:
@@ -221,6 +230,23 @@ def choose_by_reward(
     return ChooseByReward(
         args, work / "best", tokenizer, held_out["prompt"][:], load_scalar_model(path, tokenizer).eval()
     )
+
+
+def sample_answers(args: SFTArgs, trainer: Any, tokenizer: Any, prompts: Sequence[Any]) -> list[dict[str, Any]]:
+    """One answer to each of a few held-out prompts, for the card; every process samples the same."""
+    model = trainer.model.eval()
+    context = context_length(model) or args.max_length
+    fitting = [
+        p for p, ids in zip(prompts, encode_prompts(tokenizer, prompts)) if len(ids) + args.response_length <= context
+    ]
+    if not fitting:
+        return []
+    with whole(trainer.model_wrapped, model):
+        answers = answer(model, tokenizer, fitting, response_length=args.response_length, seed=args.seed)
+    return [
+        {"prompt": prompt_text(prompt), "completion": text, "ended": ended}
+        for prompt, text, ended in zip(fitting, answers.texts, answers.ended)
+    ]
 
 
 class CompletionTrainer(SFTTrainer):

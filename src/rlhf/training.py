@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from rlhf import RLHFError, adapters, card
+from rlhf import RLHFError, adapters, card, curves, hub
 from rlhf.bases import check_optimizer
 from rlhf.config import StageArgs, TrainerArgs, to_dict
 from rlhf.data import load, split_by_key
@@ -43,6 +43,11 @@ FREE_CHOICES = {
     "logging_steps",
     "save_total_limit",
     "output_dir",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+    "license",
+    "dataset_license",
 }
 
 
@@ -87,6 +92,13 @@ def synchronise() -> None:
     """Waits for all processes, where there are several."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+def end_processes() -> None:
+    """Ends the processes' group, after which none of them can wait for another. Called by all of them, when all is done."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        synchronise()
+        torch.distributed.destroy_process_group()
 
 
 # --------------------------------------------------------------------------------------------------- trainer arguments
@@ -178,6 +190,13 @@ def trackers(args: StageArgs) -> list[str]:
 
 
 # ----------------------------------------------------------------------------------------------------------- data, models
+
+
+def open_registry(args: StageArgs) -> Registry:
+    """The registry that the stage works in. A push that could not be made at the end is refused here, before any work."""
+    if args.push_to_hub:
+        hub.check_ready(str(args.hub_model_id))
+    return Registry(args.output_dir)
 
 
 def resolve(registry: Registry, path: str | None, run: str, stage: str) -> tuple[str, Artifact | None]:
@@ -449,13 +468,15 @@ def publish(
         if history:
             lines = "".join(json.dumps(line) + "\n" for line in history)
             (draft.path / "metrics.jsonl").write_text(lines, encoding="utf-8")
+            curves.draw(history, draft.path / "figures" / "training.png")
         facts: dict[str, Any] = {
             "parents": parents,
             "base_model": base_model,
             "config": to_dict(args),
-            "data": list(data),
+            "data": _licensed(data, args.dataset_license),
             "metrics": metrics or {},
         }
+        extra = {**(extra or {}), **({"license": args.license} if args.license else {})}
         bases = adapters.records(**models or {})
         card.write(draft.path, args.run_name, stage, **facts, extra=extra, adapters=bases)
         revision = args.model_revision if base_model else None
@@ -463,6 +484,36 @@ def publish(
     synchronise()
     say(f"published {artifact.ref}  ({artifact.path})")
     return artifact
+
+
+def _licensed(data: Sequence[dict[str, Any]], license: str | None) -> list[dict[str, Any]]:
+    """The data's entries, the licence with that of dataset_name, which is the first."""
+    return [{**entry, "license": license} if i == 0 and license else entry for i, entry in enumerate(data)]
+
+
+def push_published(args: StageArgs, artifact: Artifact | None) -> Artifact | None:
+    """Pushes what was published, where push_to_hub asks for it; returns it. Called by every process, once all else is done.
+
+    The processes part first: an upload may take longer than they wait for each other. A push that fails is a HubError with the
+    command that repeats it, and the version stays published.
+    """
+    if args.push_to_hub:
+        end_processes()
+        if artifact is not None:
+            _push(artifact, str(args.hub_model_id), args.hub_private_repo)
+    return artifact
+
+
+def _push(artifact: Artifact, repo_id: str, private: bool) -> None:
+    try:
+        pushed = hub.push(artifact, repo_id, private=private)
+    except hub.HubError as error:
+        again = hub.command(artifact, repo_id, private=private)
+        then = "" if again in str(error) else f"; then `{again}`"
+        raise hub.HubError(
+            f"{artifact.ref} is published in {artifact.root} and was not pushed: {error}{then}"
+        ) from None
+    say(f"pushed {artifact.ref}  {pushed.url}  ({'private' if pushed.private else 'public'})")
 
 
 def device_summary() -> str:
