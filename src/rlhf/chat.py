@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, TextStreamer
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
             continue
         try:
             chat.ask(line)
-        except ChatError as error:
+        except RLHFError as error:
             if not at_terminal:
                 raise
             print(f"error: {error}", file=sys.stderr)
@@ -92,7 +92,9 @@ def open_policy(options: argparse.Namespace) -> tuple[Any, Any]:
     model = load_policy(
         path, tokenizer, dtype=dtype, revision=options.revision, trust_remote_code=trust, trainable=False
     )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+    if not getattr(model, "is_quantized", False):  # which is on its device, and must not be asked to move
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.eval(), tokenizer
 
 
 @dataclass
@@ -150,13 +152,13 @@ class Chat:
         return ids, room
 
     def _answer(self, ids: list[int], room: int) -> str:
-        prompt = torch.tensor([ids], device=self.model.device)
+        prompt, decoding = torch.tensor([ids], device=self.model.device), cast(Any, _Decoding(self.tokenizer))
         with torch.no_grad():
             row = self.model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
                 max_new_tokens=room,
-                streamer=TextStreamer(_Decoding(self.tokenizer), skip_prompt=True),
+                streamer=TextStreamer(decoding, skip_prompt=True),
             )[0]
         return decode_completions(self.tokenizer, [row[len(ids) :].tolist()])[0]
 
