@@ -501,6 +501,46 @@ def test_prepare_on_the_command_line(write, tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: ") and lines(removed) == [told]
 
 
+def test_a_format_can_be_named(write, tmp_path, capsys):
+    record = {"prompt": "p", "question": "Where?", "answer": " There.", "completion": " c"}
+    raw = write([record] * 3)
+    assert cli.main(["data", "inspect", str(raw), "--format", "gsm8k"]) == 0
+    assert "read as gsm8k" in capsys.readouterr().out
+    arguments = ["data", "prepare", str(raw), "--out", str(tmp_path / "out"), "--no-leakage", "--test", "0"]
+    assert cli.main([*arguments, "--validation", "0", "--prefix", "0", "--minhash", "0", "--format", "gsm8k"]) == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (manifest["kind"], manifest["formats"]) == ("demonstrations", {"gsm8k": 3})
+    assert lines(tmp_path / "out" / "train.jsonl")[0]["completion"] == " There."
+    capsys.readouterr()
+    assert cli.main(["data", "inspect", str(raw), "--format", "gsm9k"]) == 2
+    assert "format is 'gsm9k', and must be one of ranking, hh" in capsys.readouterr().err
+
+
+DEEP = json.loads("[" * 500 + "]" * 500)
+UNWRITABLE = [
+    ({"meta": DEEP}, "field 'meta' is nested more than 64 deep"),
+    ({"meta": {"a": ["\ud800"]}}, "field 'meta' holds half of a surrogate pair"),
+    ({"meta": {"\ud800": 1}}, "the name of field '\\ud800' holds half of a surrogate pair"),
+    ({"\ud800k": 1}, "the name of field '\\ud800k' holds half of a surrogate pair"),
+]
+
+
+@pytest.mark.parametrize(("further", "told"), UNWRITABLE, ids=[told[-30:] for _, told in UNWRITABLE])
+def test_further_fields_that_cannot_be_written_are_faults(write, tmp_path, capsys, further, told):
+    raw = write([{"prompt": "Where?"}, {"prompt": "When?", **further}])
+    for words in (["inspect", raw, "--html", tmp_path / "page.html"], ["prepare", raw, "--out", tmp_path / "out"]):
+        assert cli.main(["data", *map(str, words)]) == 2
+        assert f"error: {raw}:2: {told}" in capsys.readouterr().err
+    off = ["--validation", "0", "--test", "0", "--on-error", "skip"]
+    assert cli.main(["data", "prepare", str(raw), "--out", str(tmp_path / "out"), *off]) == 0
+    assert lines(tmp_path / "out" / "train.jsonl") == [{"prompt": "Where?"}]
+
+
+def test_of_many_further_fields_the_first_are_counted(write, capsys):
+    assert cli.main(["data", "inspect", str(write([{"prompt": "a", **{f"f{n}": n for n in range(500)}}]))]) == 0
+    assert capsys.readouterr().out.count("labels: ") == data_cli.MOST_FIELDS
+
+
 def test_inspect_shows_a_file_and_writes_a_page(write, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     answers = ["<b>short</b>", "much longer than the other"]

@@ -1,9 +1,12 @@
 """Formats: each on records written here, and on whole published files where a checkout has them beside it."""
 
+import csv
+import gzip
 import json
 import logging
 from pathlib import Path
 
+import datasets
 import pytest
 
 from rlhf.data import DataError, load
@@ -333,6 +336,43 @@ def test_formats(tmp_path, caplog, format, record, expected):
     assert found == expected
     assert f"(1 as {format})" in caplog.text  # detected, and not by a format that happens to give the same
     assert loaded(tmp_path, FORMATS[format].kind, record, format=format) == expected
+
+
+def sources_of(tmp_path, rows):
+    """(name, source) of the records in a file of every type that can hold them, in a folder, at hand, and as a stream."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    for suffix, content in (("json", json.dumps(rows)), ("jsonl", lines)):
+        for name, data in ((f"b.{suffix}", content.encode()), (f"b.{suffix}.gz", gzip.compress(content.encode()))):
+            (tmp_path / name).write_bytes(data)
+            yield name, tmp_path / name
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "train.jsonl").write_text(lines, encoding="utf-8")
+    yield "folder", tmp_path / "folder"
+    yield "records", rows
+    if all(isinstance(value, str) for row in rows for value in row.values()):
+        for suffix, delimiter in (("csv", ","), ("tsv", "\t")):
+            with open(tmp_path / f"b.{suffix}", "w", newline="", encoding="utf-8") as stream:
+                csv.writer(stream, delimiter=delimiter).writerows([rows[0].keys(), *(row.values() for row in rows)])
+            yield suffix, tmp_path / f"b.{suffix}"
+    # Parquet has no empty struct, and no format here reads one.
+    table = datasets.Dataset.from_list([{k: v for k, v in row.items() if v != {}} for row in rows])
+    table.to_parquet(tmp_path / "b.parquet")
+    yield "parquet", tmp_path / "b.parquet"
+    yield "stream", table.to_iterable_dataset()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_format_is_the_same_in_every_kind_of_file(tmp_path, format):
+    """By its fields and by its name. Tables fill fields that a struct has elsewhere with nulls."""
+    record = next(record for name, record, _ in CASES if name == format)
+    kind = FORMATS[format].kind
+    wanted = loaded(tmp_path, kind, record)
+    seen = set()
+    for name, source in sources_of(tmp_path, record if isinstance(record, list) else [record]):
+        seen.add(name)
+        assert load(kind, source).to_list() == wanted, name
+        assert load(kind, source, format=format).to_list() == wanted, name
+    assert seen >= {"b.json", "b.json.gz", "b.jsonl", "b.jsonl.gz", "folder", "records", "parquet", "stream"}
 
 
 def test_every_format_has_a_case():

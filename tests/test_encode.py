@@ -6,7 +6,7 @@ from conftest import EOS, PAD, byte_level
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.data import encode
+from rlhf.data import DataError, encode
 from rlhf.data.encode import (
     CHAT_TEMPLATE,
     blocks,
@@ -189,6 +189,17 @@ def test_every_answer_is_learned_after_the_prompt_that_generation_has(kind, requ
             tuple(ids[:n]): ids[n : next((m for m in range(n, len(ids)) if labels[m] == -100), None)] for n in starts
         }
     assert found == {tuple(head): end for head, end in expected}
+
+
+def test_a_conversation_that_the_template_refuses_is_one_line(tokenizer, monkeypatch):
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no\nsystem') }}{% endif %}x"
+    monkeypatch.setattr(tokenizer, "chat_template", refusing)
+    with pytest.raises(DataError) as caught:
+        encode_prompts(tokenizer, [[{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]])
+    assert str(caught.value).startswith(
+        "the tokenizer's chat template refuses a conversation (no system): system, user"
+    )
+    assert encode_prompts(tokenizer, [[{"role": "user", "content": "U"}]]) == [tokenizer("x")["input_ids"]]
 
 
 def test_a_template_that_rewrites_history_gives_rows_of_their_own(tokenizer, monkeypatch):

@@ -437,6 +437,25 @@ def test_rewards_are_weighted_summed_and_logged_one_by_one(tmp_path):
     assert line["watching"] == ["count_the"]
 
 
+def test_several_reward_models_are_an_ensemble(tmp_path):
+    """Two versions at half weight: the score is their mean, and how far they are apart is logged."""
+    registry = stages(tmp_path)
+    sft = registry.require("sft", "tiny")
+    tokenizer = models.load_tokenizer(sft.path)
+    torch.manual_seed(2)
+    with registry.draft("tiny", "rm") as draft:
+        models.load_scalar_model(sft.path, tokenizer, new_head=True).save_pretrained(draft.path)
+        tokenizer.save_pretrained(draft.path)
+        draft.publish(parents=[sft])
+    trainer = trainer_of(ppo_args(tmp_path, reward_model_path=["tiny/rm/v1", "tiny/rm/v2"], reward_weights=[0.5, 0.5]))
+    rollout = trainer.collect([3, 5], 0)
+    assert rollout.rewards.shape == (2, 2) and (rollout.rewards[:, 0] - rollout.rewards[:, 1]).abs().min() > 1e-3
+    assert_close(rollout.scores, rollout.rewards.mean(dim=1))
+    _, line = trainer.step()
+    assert {"reward/tiny/rm/v1", "reward/tiny/rm/v2"} <= line.keys()
+    assert line["objective/reward_models_std"] > 1e-3
+
+
 def test_the_reward_is_read_at_the_last_token_of_prompt_and_response(tmp_path):
     registry = stages(tmp_path)
     trainer = trainer_of(ppo_args(tmp_path))

@@ -52,6 +52,16 @@ def case(before, after, other):
     return Case("Q", "a", "b", "c", before, after, other)
 
 
+def test_texts_of_cases_are_no_markup(capsys):
+    """Prompts of other models hold [INST] and [/INST], which a terminal's markup would take for its own."""
+    kind = {"level": "word", "effect": "worse", "cases": 1, "gains": 1.0, "gains_ci95": [0.5, 1.0], "mean_change": 2.0}
+    worst = {"prompt": "[INST] Q [/INST]", "preferred": "a", "perturbed": "[/a] b", "reward": 0.0}
+    kind["worst"] = [{**worst, "reward_perturbed": 2.0, "other": "c", "reward_other": 0.0, "flips": False}]
+    probe.print_probe({"version": "r/rm/v1", "data": "[/x].jsonl", "perturbations": {"word order": kind}}, 5)
+    told = capsys.readouterr().out
+    assert "[INST] Q [/INST]" in told and "[/a] b" in told and "[/x].jsonl" in told
+
+
 def test_flips_and_gains_by_hand():
     cases = [
         case(2.0, 1.0, 0.0),  # lower, still ahead
@@ -187,6 +197,26 @@ def test_another_file_has_its_own_name(trained, capsys):
     assert found["prompts"] == 4 and found["ensemble"]["std_of_margin"] == pytest.approx(0.0, abs=1e-6)
 
 
+def test_versions_of_other_seeds_are_an_ensemble(trained, capsys, monkeypatch):
+    """Trained alike but for the seed: the mean of their rewards, how far apart they are, and each one's accuracy."""
+    monkeypatch.setenv("COLUMNS", "160")
+    settings = {"max_steps": 20, "learning_rate": 3e-3, "eval_fraction": 0.3, "logging_steps": 40}
+    for seed in (7, 8):
+        reward.run(tiny.reward_args(trained, tiny.comparisons(60), run_name="tiny", seed=seed, **settings))
+    registry = Registry(trained / "runs")
+    one, other = (registry.get(f"tiny/rm/v{version}") for version in (2, 3))
+    assert run(trained, "eval", one.ref, "--members", other.ref) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    found = json.loads((registry.evals_dir(one) / "rm.json").read_text())["ensemble"]
+    assert found["versions"] == [one.ref, other.ref] and found["members"] == 2
+    assert found["member_accuracy"] == pytest.approx(
+        [v.manifest["metrics"]["accuracy"] for v in (one, other)], abs=1e-6
+    )
+    assert found["std_of_margin"] > 0.01 and "ensemble of 2" in told and "their mean reward" in told
+    for version in (one, other):
+        registry.remove(version)
+
+
 def test_cross_validation_by_labelers(trained, capsys, monkeypatch):
     trained_on = []
     new_trainer = reward.new_trainer
@@ -224,6 +254,7 @@ def test_cross_validation_by_labelers(trained, capsys, monkeypatch):
         (["probe", "tiny/rm", "--kinds", "typoes"], "no perturbation 'typoes'; there are: typos,"),
         (["probe", "tiny/rm", "--kinds", "synonyms"], "no perturbation of synonyms changes an answer"),
         (["probe", "tiny/sft"], "is of stage sft"),
+        (["eval", "tiny/rm", "--data", "comparisons.jsonl", "--format", "hhh"], "format is 'hhh'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(trained, capsys, words, told):

@@ -169,7 +169,8 @@ def test_files_and_tables(tmp_path, capsys):
     path = rr.write(found, tmp_path / "evals" / "v1")
     assert json.loads(path.read_text()) == found  # plain values: nothing is lost
     names = {p.name for p in path.parent.iterdir()}
-    assert names == {"rm.json", "rm-reliability.png", "rm-scores.png", "rm-length.png", "rm-accuracy.png"}
+    figures = ("reliability", "scores", "margins", "length", "accuracy")
+    assert names == {"rm.json", *(f"rm-{figure}.png" for figure in figures)}
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in path.parent.glob("*.png"))
     assert path == rr.write(found, path.parent)  # again
     assert {p.name for p in path.parent.iterdir()} == names
@@ -178,6 +179,40 @@ def test_files_and_tables(tmp_path, capsys):
     for words in ("all pairs", "longer is better", "K = 4", "labeler l0", "from web", "ECE", "score of demonstrations"):
         assert words in told, words
     assert rr.summary(found)["ece"] == found["calibration"]["ece"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["$x_$ and $", "[/INST]", "[bold]", "王\n小明" * 30, "\\frac{", ""])
+def test_names_are_shown_as_they_are(tmp_path, capsys, monkeypatch, name):
+    """A labeler may be called what is markup for a terminal or a formula for a figure."""
+    monkeypatch.setenv("COLUMNS", "200")
+    rankings = [ranking([1, 2], [1.0, 0.0], labeler=name, use_case=name, source=name)]
+    found = rr.report(rankings, {"demonstrations": [0.0]})
+    rr.write(found, tmp_path)
+    rr.print_report(found, name)
+    assert name[:8].split("\n")[0] in capsys.readouterr().out
+
+
+def test_held_out_labelers_and_ensembles_are_in_table_and_figure(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    found = full_report()
+    part = rr.accuracy([ranking([1, 2], [1.0, 0.0])])
+    fold = {"labelers": ["l0", "l1"], "held_out_labelers": part, "training_labelers": part}
+    found["held_out_labelers"] = {
+        "groups": 2,
+        "mean": 0.696,
+        "standard_error": 0.009,
+        "training_labelers_mean": 0.724,
+        "training_labelers_standard_error": None,
+        "folds": [fold],
+    }
+    found["ensemble"] = {"members": 2, "member_accuracy": [0.5, 0.75], "std_of_margin": 0.25, "mean": part}
+    assert rr.accuracy_rows(found)[-1] == ("without l0, l1, on theirs", part)
+    rr.write(found, tmp_path)
+    rr.print_report(found, "demo/rm/v1")
+    told = " ".join(capsys.readouterr().out.split())
+    assert "held-out labelers 0.696 ± 0.009 (2 groups)" in told and "labelers trained on 0.724 ± –" in told
+    assert "std of a margin 0.250; accuracy each 0.500, 0.750" in told and "their mean reward accuracy 1.000" in told
 
 
 def test_one_pair_and_none():

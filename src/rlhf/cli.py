@@ -22,7 +22,7 @@ from rlhf import RLHFError, __version__
 from rlhf.data_cli import add_data
 from rlhf.hub_cli import add_hub
 from rlhf.launch import LaunchError, check_launch, ran_out_of_memory
-from rlhf.reward_cli import add_reward
+from rlhf.reward_cli import add_reward, count
 
 ARTIFACTS = {"pretrain": "base", "sft": "sft", "reward": "rm", "ppo": "ppo"}
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -160,6 +160,30 @@ def add_registry(commands: Any) -> None:
     gc.add_argument("--yes", action="store_true", help="remove them; without it they are only listed")
 
 
+def temperature(word: str) -> float:
+    """An argument that is a finite number from 0 up."""
+    value = float(word)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{word} is no number from 0 up")
+    return value
+
+
+def add_chat(commands: Any) -> None:
+    parser = command(commands, "chat", "rlhf.chat:run", "talk to a policy, in the terminal or through a pipe")
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="run/stage, run/stage/vN, run/stage@tag, a folder, or a Hub id")
+    add("--root", default="runs", help="root folder of the registry (default: %(default)s)")
+    add("--revision", metavar="REVISION", help="of a Hub model")
+    add("--system", metavar="TEXT", help="a system message before the conversation")
+    form = r"ask plain prompts instead of conversations: {} is the line, \n a new line ('User: {}\nAssistant:')"
+    add("--prompt-format", metavar="TEXT", help=form)
+    add("--max-new-tokens", type=count, default=256, metavar="N", help="longest answer (default: %(default)s)")
+    add("--temperature", type=temperature, default=1.0, metavar="X", help="0 is greedy (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="default: the version's own, or float32")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
 def add_plan(commands: Any) -> None:
     parser = command(
         commands, "plan", "rlhf.planning.table:run", "memory a GPU, the smallest configuration that fits, and hours"
@@ -220,7 +244,7 @@ def add_doctor(commands: Any) -> None:
     parser.add_argument("--root", default="runs", help="root folder of the registry (default: %(default)s)")
 
 
-GROUPS: list[Callable[[Any], None]] = [*(add_registry, add_hub, add_report, add_plan, add_data, add_reward, add_doctor)]
+GROUPS: list[Callable[[Any], None]] = [*(add_registry, add_hub, add_report, add_plan, add_data, add_reward, add_chat, add_doctor)]
 
 
 if __name__ == "__main__":

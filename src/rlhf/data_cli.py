@@ -17,6 +17,7 @@ from typing import IO, Any
 from rlhf.data_page import Section, page
 
 MOST_VALUES = 20  # a field with more different values is no label
+MOST_FIELDS = 20  # further fields that are looked at
 SHORTEST = 20  # bytes that a language is guessed from: seven Chinese characters, three English words
 
 
@@ -32,6 +33,7 @@ def add_data(commands: Any) -> None:
         )
         kinds = ["prompts", "demonstrations", "comparisons"] + ["text"] * (name == "inspect")
         parser.add_argument("--kind", choices=kinds, help="read it as this kind (default: as its records are)")
+        parser.add_argument("--format", metavar="NAME", help="of docs/data.md (default: detected by the fields)")
         parser.add_argument("--on-error", choices=["stop", "skip"], default="stop", help="default: %(default)s")
         parser.add_argument(
             "--split", default="train", metavar="NAME", help="of a folder or Hub data set (default: train)"
@@ -113,7 +115,7 @@ def _faults(faults: list[tuple[str, str]], count: int, hint: str = "") -> list[S
 
 
 def _where(args: argparse.Namespace) -> dict[str, Any]:
-    return {"split": args.split, "config_name": args.config_name, "revision": args.revision}
+    return {name: getattr(args, name) for name in ("split", "config_name", "revision", "format")}
 
 
 @contextmanager
@@ -253,6 +255,8 @@ def _count_labels(labels: dict[str, Counter[str]], record: dict[str, Any]) -> No
     for name, value in record.items():
         if name in ("prompt", "completion", "user", "text") or not isinstance(value, (str, int, bool)):
             continue
+        if name not in labels and len(labels) == MOST_FIELDS:
+            continue
         values = labels.setdefault(name, Counter())
         if len(values) <= MOST_VALUES:
             values[str(value)[:60]] += 1
@@ -276,7 +280,9 @@ class Reservoir:
 
 def _counts(source: Any, users: Counter[str], labelers: Counter[str]) -> Section:
     named = Counter({user: count for user, count in users.items() if user})
-    rows: list[tuple[Any, ...]] = [("records", users.total()), ("users", len(named))]
+    rows: list[tuple[Any, ...]] = [("records", users.total())]
+    rows += [(f"read as {name}", count) for name, count in source.reading.formats.items()]
+    rows += [("users", len(named))]
     rows += [("records without a user", users[""])] if users[""] else []
     rows += [("most by one user", max(named.values()))] if named else []
     rows += [("users with more than 200", sum(count > 200 for count in named.values()))] if named else []

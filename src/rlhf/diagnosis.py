@@ -53,6 +53,9 @@ def describe(
     assert rollout.rewards is not None
     for i, reward in enumerate(rewards):
         line[f"reward/{reward.name}"] = float(rollout.rewards[:, i].mean())
+    models = [i for i, reward in enumerate(rewards) if reward.model is not None]
+    if len(models) > 1:  # how far an ensemble's members are apart on a response
+        line["objective/reward_models_std"] = float(rollout.rewards[:, models].std(dim=1, unbiased=False).mean())
     good = [s for s in statistics if not s["dropped"]]
     for name in sorted({name for s in good for name in s} - {"dropped", "policy/ratio_max"}):
         line[name] = sum(s[name] for s in good) / len(good)

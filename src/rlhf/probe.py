@@ -354,7 +354,7 @@ def probe(options: argparse.Namespace) -> None:
             raise ProbeError(f"no perturbation {name!r}; there are: {', '.join(PERTURBATIONS)}")
     registry = Registry(options.root)
     version = open_version(registry.get(options.ref), options.batch_size)
-    held_out, _ = comparisons_of(version, options.data, options.on_error)
+    held_out, _ = comparisons_of(version, options.data, options.on_error, options.format)
     records = [record for record in at_most(held_out, options.max_prompts) if len(set(record["ranks"])) > 1]
     if not records:
         raise ProbeError("every held-out comparison is a tie, so that no answer is preferred; give others: --data FILE")
@@ -388,10 +388,11 @@ def print_probe(report: Mapping[str, Any], worst: int) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console()
     title = f"{report['version']} on {Path(report['data']).name}: answers perturbed"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD)
     for name in ("perturbation", "is", "scores higher", "flips", "change", "cases"):
         table.add_column(name, justify="left" if name in ("perturbation", "is") else "right")
     kinds = list(report["perturbations"].items())
@@ -408,8 +409,8 @@ def print_probe(report: Mapping[str, Any], worst: int) -> None:
     for name, case in _worst(report, worst):
         table.add_row(
             name,
-            _line(case["prompt"], 40, tail=True),
-            _excerpt(case["preferred"], case["perturbed"]),
+            Text(_line(case["prompt"], 40, tail=True)),
+            Text(_excerpt(case["preferred"], case["perturbed"])),
             f"{case['reward']:+.2f}",
             f"{case['reward_perturbed']:+.2f}",
         )

@@ -25,6 +25,7 @@ def add_reward(commands: Any) -> None:
         parser.add_argument("--root", default="runs", help="root folder of the registry (default: %(default)s)")
         own = "comparisons that it was not trained on (default: those that its training held out)"
         parser.add_argument("--data", metavar="FILE", help=own)
+        parser.add_argument("--format", metavar="NAME", help="of that file (default: detected by its fields)")
         parser.add_argument("--on-error", choices=["stop", "skip"], default="stop", help="default: %(default)s")
         parser.add_argument("--max-prompts", type=count, metavar="N", help="use at most this many comparisons")
         batch = "prompts in one forward (default: %(default)s)"

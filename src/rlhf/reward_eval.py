@@ -63,10 +63,12 @@ def open_version(artifact: Artifact, batch_size: int = 8) -> Version:
     return Version(artifact, args, tokenizer, model, ensemble, score, limit)
 
 
-def comparisons_of(version: Version, data: str | None, on_error: str = "stop") -> tuple[Dataset, Dataset | None]:
+def comparisons_of(
+    version: Version, data: str | None, on_error: str = "stop", format: str | None = None
+) -> tuple[Dataset, Dataset | None]:
     """(held out, trained on): a file that was never trained on and None, or the splits that the version was trained with."""
     if data is not None:
-        return load("comparisons", data, on_error=on_error), None
+        return load("comparisons", data, on_error=on_error, format=format), None
     train, held_out = load_splits(version.args, "comparisons")
     if not len(held_out):
         raise TrainingError(
@@ -83,7 +85,7 @@ def evaluate(options: argparse.Namespace) -> None:
     """The command: scores, figures and tables; everything is written beside the version."""
     registry = Registry(options.root)
     version = open_version(registry.get(options.ref), options.batch_size)
-    held_out, train = comparisons_of(version, options.data, options.on_error)
+    held_out, train = comparisons_of(version, options.data, options.on_error, options.format)
     held_out = at_most(held_out, options.max_prompts)
     rows = reward.encode(version.tokenizer, held_out, version.limit)
     if not len(rows):

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import shutil
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ ECE = (
     "each strictly ordered pair is counted both ways: p = sigmoid(r_a - r_b) with label 1 where a is preferred, and 1 - p with "
     "label 0. ECE = sum over 10 bins of [0, 1] of (share of the items) * |mean label - mean p|"
 )
+LONGER = "longer is better"
 CONTROLS = 200  # rows of each kind that is scored beside the answers
 
 
@@ -76,7 +78,7 @@ def report(
         "longer_is_better_ci95": longer["accuracy_ci95"],
         "over_longer_is_better": _over_longer(pairs),
         "labeler_agreement": agreement,
-        "by_k": _by(rankings, lambda r: str(len(r.ranks))),
+        "by_k": dict(sorted(_by(rankings, lambda r: str(len(r.ranks))).items())),
         "by_labeler": _by(rankings, lambda r: r.labeler),
         "by_source": _by(rankings, lambda r: r.source),
         "by_use_case": _by(rankings, lambda r: r.use_case),
@@ -429,30 +431,43 @@ def write(report: Mapping[str, Any], folder: Path, name: str = "rm") -> Path:
 
 
 def draw(report: Mapping[str, Any], folder: Path, name: str = "rm") -> None:
-    """The figures as PNG: reliability, scores, reward over length, accuracy by group."""
+    """The figures as PNG: reliability, scores, margins, reward over length, accuracy by group."""
     from matplotlib.figure import Figure  # takes a second; without pyplot there is no window and no state
 
     folder.mkdir(parents=True, exist_ok=True)
-    for title, plot in (
-        ("reliability", _plot_reliability),
-        ("scores", _plot_scores),
-        ("length", _plot_length),
-        ("accuracy", _plot_accuracy),
+    for title, plot, height in (
+        ("reliability", _plot_reliability, 3.6),
+        ("scores", _plot_scores, 3.6),
+        ("margins", _plot_margins, 3.6),
+        ("length", _plot_length, 3.6),
+        ("accuracy", _plot_accuracy, max(3.6, 1.2 + 0.22 * len(accuracy_rows(report)))),
     ):
-        figure = Figure(figsize=(5, 3.6), layout="constrained")
+        figure = Figure(figsize=(6, height), layout="constrained")
         plot(figure.subplots(), report)
-        figure.savefig(folder / f"{name}-{title}.png", dpi=110, metadata={"Software": None})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph", UserWarning)  # names in scripts that the font has not
+            figure.savefig(folder / f"{name}-{title}.png", dpi=110, metadata={"Software": None})
 
 
 def _plot_reliability(axes: Any, report: Mapping[str, Any]) -> None:
+    """Points as large as their share of the pairs."""
     bins = report["calibration"]["bins"]
+    total = sum(b["items"] for b in bins) or 1
+    predicted, observed = [b["predicted"] for b in bins], [b["observed"] for b in bins]
     axes.plot([0, 1], [0, 1], color="grey", linewidth=1, label="calibrated")
-    axes.plot([b["predicted"] for b in bins], [b["observed"] for b in bins], marker="o", label="reward model")
-    axes.set(
-        xlabel="predicted: sigmoid(reward difference)", ylabel="observed share preferred", xlim=(0, 1), ylim=(0, 1)
+    axes.plot(predicted, observed, color="C0", linewidth=1, label="reward model (area: share of pairs)")
+    axes.scatter(
+        predicted, observed, s=[12 + 400 * b["items"] / total for b in bins], color="C0", alpha=0.6, linewidths=0
     )
-    axes.set_title(f"Calibration, ECE {shown(report['calibration']['ece'])}")
-    axes.legend()
+    axes.set(
+        xlabel="predicted: sigmoid(reward difference)",
+        ylabel="observed share preferred",
+        xlim=(-0.03, 1.03),
+        ylim=(-0.03, 1.03),
+    )
+    ece = report["calibration"]
+    axes.set_title(f"Calibration, ECE {shown(ece['ece'])} {interval(ece['ece_ci95'])}".rstrip())
+    axes.legend(fontsize="small", loc="upper left")
 
 
 def _plot_scores(axes: Any, report: Mapping[str, Any]) -> None:
@@ -463,33 +478,63 @@ def _plot_scores(axes: Any, report: Mapping[str, Any]) -> None:
             weights = np.full(len(values), 1 / len(values))
             axes.hist(values, bins=edges, weights=weights, histtype="step", label=f"{name} ({np.mean(values):+.2f})")
     axes.set(xlabel="reward", ylabel="share")
+    axes.margins(y=0.35)  # room for the legend
     axes.set_title("Scores (mean)")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper left", ncols=2, columnspacing=1)
+
+
+def _plot_margins(axes: Any, report: Mapping[str, Any]) -> None:
+    gaps = np.asarray(report["curves"]["margins"], dtype=np.float64)
+    if len(gaps):
+        width = float(np.ptp(gaps)) / 40 or 1.0
+        edges = width * np.arange(np.floor(gaps.min() / width), np.ceil(gaps.max() / width) + 2)  # 0 is one of them
+        for side, colour, label in ((gaps <= 0, "C3", "not in order"), (gaps > 0, "C0", "in order")):
+            weights = np.full(int(side.sum()), 1 / len(gaps))
+            axes.hist(gaps[side], bins=edges, weights=weights, color=colour, label=f"{label} ({side.mean():.0%})")
+        axes.legend(fontsize="small")
+    axes.axvline(0, color="grey", linewidth=1)
+    axes.set(xlabel="reward of the preferred answer less that of the other", ylabel="share of pairs")
+    margins = report["margins"]
+    axes.set_title(f"Margins, mean {shown(margins['mean'])} ± {shown(margins['std'])}")
 
 
 def _plot_length(axes: Any, report: Mapping[str, Any]) -> None:
     scores, lengths = report["curves"]["scores"]["held-out answers"], report["curves"]["lengths"]
     axes.scatter(lengths, scores, s=6, alpha=0.4, linewidths=0)
     axes.set(xlabel="tokens of the answer", ylabel="reward")
-    axes.set_title(f"Reward and length, r = {shown(report['reward_and_length']['pearson'])}")
+    found = report["reward_and_length"]
+    within = shown(found["pearson_within_prompt"])
+    axes.set_title(f"Reward and length, r = {shown(found['pearson'])}, within a prompt {within}")
 
 
 def _plot_accuracy(axes: Any, report: Mapping[str, Any]) -> None:
-    rows = accuracy_rows(report)[:12][::-1]
-    for place, (_, found) in enumerate(rows):
+    rows = accuracy_rows(report)[::-1]
+    for place, (name, found) in enumerate(rows):
         low, high = found["accuracy_ci95"]
-        axes.plot([low, high], [place, place], color="C0")
-        axes.plot(found["accuracy"], place, "o", color="C0")
+        colour = "C1" if name == LONGER else "C0"
+        axes.plot([low, high], [place, place], color=colour)
+        axes.plot(found["accuracy"], place, "o", color=colour)
     axes.axvline(0.5, color="grey", linewidth=1)
-    axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize="small")
-    axes.set(xlabel="pair accuracy, 95 %", xlim=(0, 1))
-    axes.set_title("Held-out accuracy")
+    if report["labeler_agreement"]:
+        ceiling = report["labeler_agreement"]["agreement"]
+        axes.axvline(ceiling, color="C2", linewidth=1, linestyle="--", label="two labelers agree")
+        axes.legend(fontsize="small", loc="lower left")
+    names = [f"{_plain(name)} ({found['pairs']})" for name, found in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize="small")
+    axes.set(xlabel="pair accuracy, 95 %", xlim=(-0.02, 1.02), ylim=(-0.6, len(rows) - 0.4))
+    axes.set_title("Held-out accuracy (pairs)")
+
+
+def _plain(name: str) -> str:
+    """A name as a figure can have it: short, and no mathematics."""
+    name = " ".join(name.split())
+    return (name if len(name) <= 30 else name[:29] + "…").replace("$", r"\$")
 
 
 def accuracy_rows(report: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """(name, figures) of all groups that have a pair, in the order of the table."""
     longer = {"accuracy": report["longer_is_better"], "accuracy_ci95": report["longer_is_better_ci95"]}
-    rows = [("all pairs", dict(report)), ("longer is better", {**longer, "pairs": report["pairs"]})]
+    rows = [("all pairs", dict(report)), (LONGER, {**longer, "pairs": report["pairs"]})]
     for title, key in (
         ("K =", "by_k"),
         ("", "by_length_difference"),
@@ -498,6 +543,8 @@ def accuracy_rows(report: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]
     ):
         rows += [(f"{title} {name}".strip(), found) for name, found in report[key].items()]
     rows += [(f"labeler {name}", found) for name, found in list(report["by_labeler"].items())[:6]]
+    folds = report.get("held_out_labelers", {}).get("folds", [])
+    rows += [(f"without {', '.join(fold['labelers'])}, on theirs", fold["held_out_labelers"]) for fold in folds]
     return [(name, found) for name, found in rows if found["pairs"]]
 
 
@@ -509,13 +556,14 @@ def print_report(report: Mapping[str, Any], title: str) -> None:
     from rich.box import SIMPLE, SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console()
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD)
     for name in ("held-out pairs", "accuracy", "95 %", "pairs"):
         table.add_column(name, justify="left" if name == "held-out pairs" else "right")
     for name, found in accuracy_rows(report):
-        table.add_row(name, shown(found["accuracy"]), interval(found["accuracy_ci95"]), str(found["pairs"]))
+        table.add_row(Text(name), shown(found["accuracy"]), interval(found["accuracy_ci95"]), str(found["pairs"]))
     console.print(table)
     table = Table(show_header=False, box=SIMPLE)
     for name, value in _facts(report):
@@ -534,7 +582,9 @@ def _facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "two labelers agree on", "unknown: no two ranked the same answers"
     held_out = report.get("held_out_labelers")
     if held_out:
-        yield "accuracy, held-out labelers", f"{shown(held_out['mean'])} ± {shown(held_out['standard_error'])}"
+        for name, key in (("held-out labelers", ""), ("labelers trained on", "training_labelers_")):
+            told = f"{shown(held_out[f'{key}mean'])} ± {shown(held_out[f'{key}standard_error'])}"
+            yield f"accuracy, {name}", f"{told} ({held_out['groups']} groups)"
     ece = report["calibration"]
     yield "calibration error (ECE)", f"{shown(ece['ece'])} {interval(ece['ece_ci95'])}"
     length = report["reward_and_length"]
@@ -548,7 +598,16 @@ def _facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"score of {name}", f"{shown(spread['mean'])} ± {shown(spread['std'])} ({spread['count']})"
     if "ensemble" in report:
         found = report["ensemble"]
-        yield f"ensemble of {found['members']}", f"std of a margin {shown(found['std_of_margin'])}"
+        each = ", ".join(map(shown, found["member_accuracy"]))
+        yield (
+            f"ensemble of {found['members']}",
+            f"std of a margin {shown(found['std_of_margin'])}; accuracy each {each}",
+        )
+        if "mean" in found:
+            yield (
+                "mean of the versions",
+                f"accuracy {shown(found['mean']['accuracy'])} {interval(found['mean']['accuracy_ci95'])}",
+            )
         for name in ("half that they agree on more", "half that they agree on less"):
             if name in found:
                 yield name, f"accuracy {shown(found[name]['accuracy'])} {interval(found[name]['accuracy_ci95'])}"

@@ -21,7 +21,8 @@ import phonenumbers
 
 from rlhf.data import files, named  # noqa: F401  (named registers its formats)
 from rlhf.data.duplicates import WORD, PromptIndex, key_of
-from rlhf.data.formats import detect
+from rlhf.data.formats import FORMATS, detect
+from rlhf.data.load import check_choice
 from rlhf.data.personal import masked, personal_data
 from rlhf.data.reading import HEAD, Reading, Told
 from rlhf.data.records import DataError, Problem, prompt_text
@@ -80,20 +81,31 @@ class Source:
     name:    as `rlhf.data.load` takes it; a Hub data set is streamed. Standard input and iterators give their records once.
     kind:    None takes that of the first records.
     told:    hears of each faulty record that is skipped: its place, and what is wrong.
+    format:  one of FORMATS; None looks at the first records of each file.
     """
 
     def __init__(
-        self, name: Name, kind: str | None = None, on_error: str = "stop", told: Told | None = None, **where: Any
+        self,
+        name: Name,
+        kind: str | None = None,
+        on_error: str = "stop",
+        told: Told | None = None,
+        *,
+        format: str | None = None,
+        **where: Any,
     ):
+        if format is not None:
+            check_choice("format", format, tuple(FORMATS))
         self.name, self.on_error, self.told, self.where = name, on_error, told, where
         self.shown = name_of(name)
         self.opened: Iterator[Iterator[files.Item]] = sources(name, stream=True, **where)
         first = next(self.opened)
         head = list(islice(first, HEAD))
         self.opened = chain([chain(head, first)], self.opened)
-        format = detect([raw for _, raw in head if not isinstance(raw, Problem)], kind or "prompts")
-        self.kind = kind or (format.kind if format else "prompts")
-        self.reading = Reading(self.kind, self.shown, None, on_error, told)
+        raws = [raw for _, raw in head if not isinstance(raw, Problem)]
+        found = FORMATS[format] if format else detect(raws, kind or "prompts")
+        self.kind = kind or (found.kind if found else "prompts")
+        self.reading = Reading(self.kind, self.shown, format, on_error, told)
 
     @property
     def skipped(self) -> Counter[str]:
@@ -301,18 +313,20 @@ def prepare(
     kind: str | None = None,
     evaluation: Sequence[Path] = (),
     on_error: str = "stop",
+    format: str | None = None,
     removal: Removal | None = None,
     **where: Any,
 ) -> Report:
     """Writes train.jsonl, validation.jsonl, test.jsonl, README.md and manifest.json into the new folder `out`, or nothing.
 
-    name, where: as `rlhf.data.load` takes them; read once, as they come.
+    name, format, where: as `rlhf.data.load` takes them; read once, as they come.
     evaluation: files whose prompts must not be in the training split either.
     removal:    told of every record that is removed, and of faulty ones that are skipped (step "fault", without the record).
     A line is JSON with sorted keys and without nulls, so that a file's sha256 is its `rlhf.data.fingerprint`.
     """
     tell = removal or (lambda *_: None)
-    source = _source(name, kind, on_error, lambda place, problem: tell(place, "fault", problem, {}), **where)
+    told: Told = lambda place, problem: tell(place, "fault", problem, {})  # noqa: E731
+    source = _source(name, kind, on_error, told, format=format, **where)
     seen = _prompts_of(evaluation, options, on_error)
     with staged(out) as folder:
         report = _clean(source, folder, options, seen, tell)
@@ -540,6 +554,7 @@ def _write_manifest(folder: Path, source: Source, options: Options, evaluation: 
         "rlhf": __version__,
         "kind": source.kind,
         "source": _named(source.name, source.where),
+        "formats": dict(source.reading.formats),  # records of each
         "evaluation": [_named(file, {}) for file in evaluation],
         "options": asdict(options),
         "read": report.read,

@@ -16,7 +16,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
+
+from rlhf.data.records import DataError
 
 Messages = list[dict[str, str]]
 
@@ -45,7 +48,14 @@ def format_prompt(prompt: str | Messages, tokenizer: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     template = tokenizer.chat_template or CHAT_TEMPLATE
-    return tokenizer.apply_chat_template(prompt, chat_template=template, tokenize=False, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template(prompt, chat_template=template, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:  # some know no system messages, or want turns to alternate
+        roles = ", ".join(message["role"] for message in prompt[:6])
+        begins = prompt[0]["content"][:40]
+        raise DataError(
+            f"the tokenizer's chat template refuses a conversation ({error}): {roles}, which begins {begins!a}; mend or remove it"
+        ) from None
 
 
 def leading_ids(tokenizer: Any) -> list[int]:

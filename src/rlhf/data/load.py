@@ -34,17 +34,17 @@ def load(
     on_error:    "stop" at the first faulty record, or "skip" them and log how many and why.
     Raises DataError, whose one line names the file, the line, the field and what to do.
     """
-    _check_choice("kind", kind, KINDS)
-    _check_choice("on_error", on_error, ("stop", "skip"))
+    check_choice("kind", kind, KINDS)
+    check_choice("on_error", on_error, ("stop", "skip"))
     if format is not None:
-        _check_choice("format", format, tuple(FORMATS))
+        check_choice("format", format, tuple(FORMATS))
     reading = Reading(kind, name_of(name), format, on_error)
     for items in sources(name, data_dir=data_dir, config_name=config_name, split=split, revision=revision):
         reading.add(items)
     return reading.dataset()
 
 
-def _check_choice(option: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(option: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise DataError(f"{option} is {value!r}, and must be one of {', '.join(choices)}")
 

@@ -10,6 +10,7 @@ from rlhf import RLHFError
 
 KINDS = ("demonstrations", "comparisons", "prompts", "text")
 MIN_COMPLETIONS, MAX_COMPLETIONS = 2, 9
+DEEPEST = 64  # levels of a further field
 ROLES = ("system", "user", "assistant")
 
 # Canonical columns in their order: required ones first, then those that a record may have. Other fields are kept for
@@ -206,8 +207,33 @@ def _per_completion(record: Fields, name: str, count: int, fits: Callable[[Any],
 
 def _checked_prompts_record(record: Fields) -> dict[str, Any]:
     known = {"prompt", "user"}
-    further = {name: value for name, value in record.items() if name not in known}
+    further = {name: _checked_further(value, name) for name, value in record.items() if name not in known}
     return {"prompt": _checked_prompt(record), **_names(record, "user"), **further}
+
+
+def _checked_further(value: Any, name: str, depth: int = 0) -> Any:
+    """A field of whatever type, as long as it can be written: text that is Unicode, and no endless nesting."""
+    _checked_name(name)
+    if depth > DEEPEST:
+        raise Problem(f"field {name[:40]!r} is nested more than {DEEPEST} deep; flatten or remove it")
+    if isinstance(value, str):
+        checked_text(value, name, blank=True)
+    elif isinstance(value, list):
+        for item in value:
+            _checked_further(item, name, depth + 1)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _checked_name(key)
+            _checked_further(item, name, depth + 1)
+    return value
+
+
+def _checked_name(name: Any) -> None:
+    if isinstance(name, str) and not name.isascii():
+        try:
+            name.encode("utf-8")
+        except UnicodeEncodeError:
+            raise Problem(f"the name of field {ascii(name)[:40]} holds half of a surrogate pair; mend it") from None
 
 
 def _checked_text_record(record: Fields) -> dict[str, Any]:
