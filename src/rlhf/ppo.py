@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -43,20 +42,24 @@ from rlhf.registry import Artifact, Registry
 from rlhf.rewards import Reward
 from rlhf.rollout import Actors, Prompts, Rollout, collect, gather, rows_of
 from rlhf.training import (
+    COMPLETE,
     TrainingError,
     check_processes,
+    discard,
     is_main,
     keep_fitting,
+    keep_newest,
     load_splits,
     load_text,
     log_folder,
     mark_complete,
     needs_gloo,
     optimizer_name,
+    pin_inputs,
     publish,
+    refuse_other_architecture,
     resolve,
     say,
-    step_of,
     synchronise,
     trackers,
     work_folder,
@@ -74,7 +77,7 @@ def run(args: PPOArgs) -> Artifact | None:
     sources = reward_sources(args, registry)
     critic_path, critic = critic_source(args, registry, sources, sft_path)
     parents = distinct(a for a in (sft, *(artifact for _, artifact in sources), critic) if a)
-    refuse_other_tokenizers(sft, parents)
+    refuse_other_tokenizers((sft_path, sft), [*sources, (critic_path, critic)], args.trust_remote_code)
     with work_folder(args, registry, "ppo") as (work, resume):
         make_optimizer = optimizer_factory(args)
         accelerator = make_accelerator(args, work)
@@ -84,6 +87,10 @@ def run(args: PPOArgs) -> Artifact | None:
         model, actors = load_models(args, accelerator, tokenizer, sft_path, sources, critic_path)
         prompts, held_out, data = load_prompts(args, tokenizer, actors)
         pretraining = load_pretraining(args, tokenizer, actors.policy, data)
+        models = {"sft_model_path": (sft_path, sft), "critic_path": (critic_path, critic)}
+        models |= {f"reward_model_path {i}": source for i, source in enumerate(sources, start=1)}
+        pin_inputs(work, resume, models, data, any_processes=True)
+        refuse_other_architecture(model, resume)
         trainer = PPO(args, accelerator, model, make_optimizer(model), actors, prompts, pretraining)
         before = held_out_answers(trainer, held_out)
         if resume is not None:
@@ -211,8 +218,7 @@ class PPO:
                 try:
                     rollout, line = self.step()
                 except RLHFError:
-                    state.bad_steps = 0
-                    self.save(work / f"checkpoint-{state.rollouts}")  # what was learned so far is not lost
+                    self.keep(work / f"checkpoint-{state.rollouts}")
                     raise
                 state.rollouts += 1
                 self.report(rollout, line, bar)
@@ -455,10 +461,17 @@ class PPO:
 
     # --- checkpoints
 
+    def keep(self, folder: Path) -> None:
+        """A checkpoint of a run that is about to end in an error, unless its last one is of this rollout anyway."""
+        self.state.bad_steps = 0
+        if not (folder / COMPLETE).is_file():
+            self.save(folder)
+        say(f"what was learned is in {folder}; go on from there with --resume_from_checkpoint latest")
+
     def save(self, folder: Path) -> None:
         """A checkpoint, its marker written last; the oldest go."""
         if is_main():
-            shutil.rmtree(folder, ignore_errors=True)
+            discard(folder)
         synchronise()
         self.accelerator.save_state(str(folder), safe_serialization=True)
         if self.average is not None and (is_main() or self.engine.sharded):
@@ -468,8 +481,7 @@ class PPO:
         synchronise()
         if is_main():
             mark_complete(folder)
-            for old in sorted(folder.parent.glob("checkpoint-*"), key=step_of)[: -self.args.save_total_limit]:
-                shutil.rmtree(old)
+            keep_newest(folder.parent, self.args.save_total_limit)
 
     def load(self, folder: Path) -> None:
         """Weights, optimiser, average and state of a checkpoint."""

@@ -34,7 +34,9 @@ from rlhf.training import (
     check_processes,
     held_out_or_none,
     load_splits,
+    pin_inputs,
     publish,
+    refuse_other_architecture,
     saver,
     trainer_arguments,
     work_folder,
@@ -65,8 +67,11 @@ def run(args: PretrainArgs) -> Artifact | None:
             eval_dataset=held_out_or_none(training_args, held_out),
             processing_class=tokenizer,
             data_collator=default_data_collator,
-            callbacks=[MarkComplete()],
+            callbacks=[MarkComplete(args.save_total_limit)],
         )
+        data = [fingerprint(text)]
+        pin_inputs(work, resume, {}, data)
+        refuse_other_architecture(model, resume)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         metrics = {"parameters": model.num_parameters(), "train_tokens": len(train) * args.block_size}
         metrics |= evaluate(trainer)
@@ -75,7 +80,7 @@ def run(args: PretrainArgs) -> Artifact | None:
             args,
             "base",
             saver(trainer.accelerator, trainer.model_wrapped, tokenizer),
-            data=[fingerprint(text)],
+            data=data,
             metrics=metrics,
             history=trainer.state.log_history,
         )

@@ -59,7 +59,9 @@ from rlhf.training import (
     held_out_or_none,
     keep_fitting,
     load_splits,
+    pin_inputs,
     publish,
+    refuse_other_architecture,
     resolve,
     saver,
     trainer_arguments,
@@ -94,6 +96,9 @@ def run(args: RewardArgs) -> Artifact | None:
             )
         demonstrations = demonstration_rows(args, tokenizer, comparisons, limit)
         trainer = new_trainer(args, training_args, model, tokenizer, train, evaluation)
+        data = [fingerprint(comparisons)]
+        pin_inputs(work, resume, {"model_name_or_path": (path, sft)}, data)
+        refuse_other_architecture(model, resume)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         heads = mean_of_heads(trainer)
         metrics: dict[str, Any] = {"comparisons": len(train)}
@@ -114,7 +119,7 @@ def run(args: RewardArgs) -> Artifact | None:
             partial(_save, save, ensemble, report),
             parents=[sft] if sft else [],
             base_model=None if sft else path,
-            data=[fingerprint(comparisons)],
+            data=data,
             metrics=metrics,
             history=trainer.state.log_history,
             models={"here": model},
@@ -170,7 +175,7 @@ def new_trainer(
             f"margin_scale is {args.margin_scale:g}, and {args.dataset_name} has comparisons without `ratings`; give each "
             "completion a grade (docs/reward.md), or set margin_scale to 0"
         )
-    callbacks: list[Any] = [MarkComplete()]
+    callbacks: list[Any] = [MarkComplete(args.save_total_limit)]
     if args.early_stopping_patience is not None:
         if not len(evaluation):
             raise TrainingError(

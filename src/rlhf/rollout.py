@@ -18,11 +18,16 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from rlhf import RLHFError
 from rlhf.data.encode import batches, decode_completions, pad
 from rlhf.decoding import Decoder, can_preallocate
 from rlhf.engine import together
 from rlhf.models import accepts, eagerly, logprobs_at, values_at
 from rlhf.rewards import Episodes, Reward, weighted
+
+
+class NotFinite(RLHFError, ValueError):
+    """A model gave numbers of a rollout that are infinite or not a number."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +66,14 @@ class Rollout:
         for name, shape in expected.items():
             if getattr(self, name).shape != shape:
                 raise ValueError(f"{name}: shape {tuple(getattr(self, name).shape)}, expected {tuple(shape)}")
-        for name in ("logp", "logp_ref", "values"):
+        for name, model in (("logp", "policy"), ("logp_ref", "reference"), ("values", "critic")):
             if not torch.isfinite(getattr(self, name)[self.mask]).all():
-                raise ValueError(f"{name}: not finite on a real token")
+                raise NotFinite(
+                    f"{name}: not finite on a real token, so that nothing can be learned from this rollout: the {model}'s "
+                    "weights or their dtype are out of range. Try dtype float32, a lower learning rate, or an earlier checkpoint"
+                )
         if not torch.isfinite(self.scores).all():
-            raise ValueError("scores: not finite")
+            raise NotFinite("scores: not finite, so that nothing can be learned from this rollout; look at the rewards")
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -338,7 +346,8 @@ def collect(actors: Actors, prompts: Prompts, keys: Sequence[tuple[int, int, int
             tokenizer=actors.tokenizer,
             banned=actors.banned,
         )
-        rollout = evaluate_responses(actors, unscored(actors, prompts, responses, ended), ("logp",))
+        rollout = unscored(actors, prompts, responses, ended)
+        rollout = together(lambda: evaluate_responses(actors, rollout, ("logp",)))
     completions = decode_completions(actors.tokenizer, responses)
     episodes = Episodes(prompts.ids, responses, prompts.texts, completions, prompts.columns)
     columns = []
@@ -348,9 +357,9 @@ def collect(actors: Actors, prompts: Prompts, keys: Sequence[tuple[int, int, int
     rewards = torch.stack(columns, dim=1)
     rollout = replace(rollout, rewards=rewards, scores=weighted(actors.rewards, rewards))
     with actors.whole(actors.reference):
-        rollout = evaluate_responses(actors, rollout, ("logp_ref",))
+        rollout = together(lambda: evaluate_responses(actors, rollout, ("logp_ref",)))
     with actors.whole(actors.critic):
-        return evaluate_responses(actors, rollout, ("values",))
+        return together(lambda: evaluate_responses(actors, rollout, ("values",)))
 
 
 def unscored(actors: Actors, prompts: Prompts, responses: Sequence[Sequence[int]], ended: Sequence[bool]) -> Rollout:
