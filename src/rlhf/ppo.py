@@ -246,10 +246,9 @@ class PPO:
         """One rollout and what is learned from it."""
         args, state, clock = self.args, self.state, Clock()
         self.set_learning_rate()
-        rollout = self.collect(
-            prompt_batch(args.seed, state.rollouts, args.batch_size, len(self.prompts)), state.rollouts
-        )
-        clock.lap("rollout")
+        indices = prompt_batch(args.seed, state.rollouts, args.batch_size, len(self.prompts))
+        rollout = self.collect(indices, state.rollouts, clock.lap)
+        clock.laps["time/rollout"] = sum(clock.laps.values())
 
         scores = self.shape_scores(rollout)
         kl = objectives.kl_penalty(rollout.logp, rollout.logp_ref, args.kl_estimator)
@@ -287,18 +286,20 @@ class PPO:
             scores = scores.clamp(-self.args.clip_scores, self.args.clip_scores)
         return penalise_missing_eos(scores, rollout.ended, self.args)
 
-    def collect(self, indices: Sequence[int], step: int) -> Rollout:
+    def collect(self, indices: Sequence[int], step: int, lap: Callable[[str], None] = lambda phase: None) -> Rollout:
         """The rollout of these prompts, sampled by all processes together; every process gets the whole of it."""
-        return self.answer(self.prompts.select(indices), step)
+        return self.answer(self.prompts.select(indices), step, lap)
 
-    def answer(self, prompts: Prompts, step: int) -> Rollout:
+    def answer(self, prompts: Prompts, step: int, lap: Callable[[str], None] = lambda phase: None) -> Rollout:
         """One response to each prompt; its random numbers are keyed by (seed, step, place of the prompt)."""
         self.model.eval()
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         share = range(rank, len(prompts), processes)
         with self.engine.autocast():
-            mine = collect(self.actors, prompts.select(share), [(self.args.seed, step, i) for i in share])
-        return gather(mine, processes)
+            mine = collect(self.actors, prompts.select(share), [(self.args.seed, step, i) for i in share], lap)
+        whole = gather(mine, processes)
+        lap("gather")
+        return whole
 
     def update(self, rollout: Rollout, advantages: Tensor, returns: Tensor, minibatch: Tensor) -> dict[str, float]:
         """One optimiser step on the episodes `minibatch`: PPO and pretraining gradients in one buffer (InstructGPT C.4)."""
@@ -596,7 +597,7 @@ def penalise_missing_eos(scores: Tensor, ended: Tensor, args: PPOArgs) -> Tensor
 
 
 class Clock:
-    """Seconds of each phase."""
+    """Seconds of each phase, those of one name together."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
@@ -604,7 +605,7 @@ class Clock:
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
-        self.laps[f"time/{name}"] = now - self._last
+        self.laps[f"time/{name}"] = self.laps.get(f"time/{name}", 0.0) + now - self._last
         self._last = now
 
 

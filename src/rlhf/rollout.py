@@ -329,11 +329,16 @@ class Prompts:
 
 
 @torch.no_grad()
-def collect(actors: Actors, prompts: Prompts, keys: Sequence[tuple[int, int, int]]) -> Rollout:
+def collect(
+    actors: Actors,
+    prompts: Prompts,
+    keys: Sequence[tuple[int, int, int]],
+    lap: Callable[[str], None] = lambda phase: None,
+) -> Rollout:
     """Samples a response to each of this process's prompts, and runs policy, rewards, reference and critic over them.
 
-    One model is whole at a time, the policy from its first token to its log-probabilities: weights that are spread over the
-    processes are gathered once a rollout.
+    lap is told the name of each phase at its end. One model is whole at a time, the policy from its first token to its
+    log-probabilities: weights that are spread over the processes are gathered once a rollout.
     """
     with actors.whole(actors.policy):
         responses, ended = sample_responses(
@@ -346,8 +351,10 @@ def collect(actors: Actors, prompts: Prompts, keys: Sequence[tuple[int, int, int
             tokenizer=actors.tokenizer,
             banned=actors.banned,
         )
+        lap("generation")
         rollout = unscored(actors, prompts, responses, ended)
         rollout = together(lambda: evaluate_responses(actors, rollout, ("logp",)))
+    lap("forwards")
     completions = decode_completions(actors.tokenizer, responses)
     episodes = Episodes(prompts.ids, responses, prompts.texts, completions, prompts.columns)
     columns = []
@@ -356,10 +363,13 @@ def collect(actors: Actors, prompts: Prompts, keys: Sequence[tuple[int, int, int
             columns.append(together(lambda reward=reward: reward.score(episodes)))  # type: ignore[misc]
     rewards = torch.stack(columns, dim=1)
     rollout = replace(rollout, rewards=rewards, scores=weighted(actors.rewards, rewards))
+    lap("rewards")
     with actors.whole(actors.reference):
         rollout = together(lambda: evaluate_responses(actors, rollout, ("logp_ref",)))
     with actors.whole(actors.critic):
-        return together(lambda: evaluate_responses(actors, rollout, ("values",)))
+        rollout = together(lambda: evaluate_responses(actors, rollout, ("values",)))
+    lap("forwards")
+    return rollout
 
 
 def unscored(actors: Actors, prompts: Prompts, responses: Sequence[Sequence[int]], ended: Sequence[bool]) -> Rollout:
