@@ -174,7 +174,9 @@ def test_without_a_budget_no_kl_is_too_much():
 
 def test_what_falls_from_where_it_was():
     assert raised({}, {}, {"objective/entropy_per_token": 0.19}) == ["entropy_collapse"]
-    assert not raised({}, {}, {"objective/entropy_per_token": 0.21})
+    assert not raised({}, {}, {"objective/entropy_per_token": 0.21}) and not raised(
+        {}, {"objective/entropy_per_token": 0.1}
+    )
     assert raised({}, {"response/ended": 1.0, "response/length": 2.0}) == ["ends_at_once"]
     assert raised({}, {"response/ended": 1.0, "response/length": 5.0}) == ["ends_at_once"]
     assert not raised({}, {"response/ended": 1.0, "response/length": 6.0})
@@ -191,7 +193,13 @@ def watched(score, other, rollouts=2 * TREND):
 
 def test_the_reward_rises_while_the_one_that_watches_falls():
     assert list(alarms(watched(1.0, -1.0), ARGS)) == ["over_optimisation"]
-    for history in (watched(1.0, 1.0), watched(-1.0, -1.0), watched(1.0, 0.0), watched(1.0, -1.0, 2 * TREND - 1)):
+    for history in (
+        watched(1.0, 1.0),
+        watched(-1.0, -1.0),
+        watched(1.0, 0.0),
+        watched(0.0, -1.0),
+        watched(1.0, -1.0, 2 * TREND - 1),
+    ):
         assert not alarms(history, ARGS)
     assert not alarms([row | {"watching": []} for row in watched(1.0, -1.0)], ARGS)  # one that steers may well fall
 
