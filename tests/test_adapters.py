@@ -612,8 +612,13 @@ def test_resuming_over_other_adapters_is_refused(tmp_path, chains, monkeypatch):
         ppo.run(args)
     monkeypatch.undo()
     merging.merge(registry, "tiny/sft")
+    resume = dataclasses.replace(args, resume_from_checkpoint="latest")
+    with pytest.raises(RLHFError, match=r"sft_model_path \(tiny/sft/v1 \w+ -> tiny/sft/v2 "):
+        ppo.run(resume)
+    (inputs,) = registry.work_dir("tiny", "ppo").glob("*/inputs.json")
+    inputs.unlink()  # as an older checkpoint, which says nothing of versions: its adapters still know their base
     with pytest.raises(RLHFError, match="was trained with other base weights"):
-        ppo.run(dataclasses.replace(args, resume_from_checkpoint="latest"))
+        ppo.run(resume)
 
 
 # --------------------------------------------------------------------------------------------------------- bad input

@@ -1,5 +1,6 @@
 """Figures and their intervals: by hand where a hand can, by coverage where it takes many."""
 
+import itertools
 import math
 
 import numpy as np
@@ -8,7 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.evaluation import answer, best_of_n, bootstrap_ci95, mean_ci95, ranking_metrics, win_rate
+from rlhf.evaluation import (
+    answer,
+    best_of_n,
+    best_of_n_kl,
+    bootstrap_ci95,
+    expected_best,
+    mean_ci95,
+    ranking_metrics,
+    win_rate,
+)
 from rlhf.models import load_policy, load_tokenizer
 
 
@@ -107,3 +117,22 @@ def test_best_of_n_is_the_best_of_the_same_samples(checkpoints):
         assert scores[i] == max(sums) == sum(chosen.prompts[i]) + sum(chosen.tokens[i])
     assert kl == pytest.approx(math.log(4) - 3 / 4)
     assert best_of_n(policy, tokenizer, prompts, total, 1, response_length=5)[2] == 0
+
+
+def test_the_expected_best_is_the_mean_over_all_choices():
+    scores = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    for n in (1, 2, 4, 6):
+        chosen = [scores[list(some)].max(dim=0).values for some in itertools.combinations(range(6), n)]
+        assert expected_best(scores, n).tolist() == pytest.approx(torch.stack(chosen).mean(dim=0).tolist(), abs=1e-6)
+    for n in (0, 7):
+        with pytest.raises(ValueError, match="from 1 to the 6 tries"):
+            expected_best(scores, n)
+
+
+def test_the_kl_of_best_of_n_is_that_of_its_distribution():
+    """Over many equally likely answers, the i-th worst of M is the best of n with probability (i^n - (i-1)^n) / M^n."""
+    i = torch.arange(1, 20_001, dtype=torch.float64)
+    for n in (1, 2, 16):
+        p = (i / len(i)) ** n - ((i - 1) / len(i)) ** n
+        kl = torch.special.xlogy(p, p * len(i)).sum()
+        assert best_of_n_kl(n) == pytest.approx(float(kl), abs=2e-3)

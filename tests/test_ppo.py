@@ -4,18 +4,20 @@ import dataclasses
 import json
 import math
 import os
-import signal
+import random
+import shutil
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from torch.testing import assert_close
 
-from rlhf import RLHFError, models, objectives, ppo
+from rlhf import RLHFError, diagnosis, models, objectives, ppo
 from rlhf.actors import load_models, reward_sources
+from rlhf.cli import run_stage
 from rlhf.config import PPOArgs
 from rlhf.data.encode import encode_completions, encode_prompts
 from rlhf.registry import Registry
@@ -26,6 +28,11 @@ from rlhf.training import step_of
 def count_the(prompts, completions, **columns):
     """A rule: bytes of the completion that are the letter e."""
     return [float(text.count("e")) for text in completions]
+
+
+def other_letters(prompts, completions, **columns):
+    """Share of the completion that is no e: what a policy that has found the rule above gives up."""
+    return [1 - text.count("e") / max(1, len(text)) for text in completions]
 
 
 RULE = {  # a reward that a tiny model learns in fourteen rollouts
@@ -132,11 +139,42 @@ def test_kl_is_zero_and_the_ratio_one_before_the_first_update(tmp_path, architec
     assert_close(values[rollout.mask], rollout.values[rollout.mask], rtol=0, atol=1e-5)
 
 
-def test_the_first_line_says_so(tmp_path):
+def test_the_first_line_says_so_and_has_every_figure(tmp_path):
     stages(tmp_path)
     trainer = trainer_of(ppo_args(tmp_path))
     _, line = trainer.step()
     assert line["objective/kl"] == 0 and line["policy/first_ratio"] == pytest.approx(1, abs=1e-5)
+    assert line["policy/first_approx_kl"] < 1e-10
+    assert line.keys() == {
+        *("objective/scores", "objective/scores_std", "objective/rlhf_reward", "reward/tiny/rm/v1", "watching"),
+        *("objective/kl", "objective/kl_k3", "objective/kl_coef", "objective/entropy", "objective/entropy_per_token"),
+        *("policy/clip_fraction", "value/clip_fraction", "policy/approx_kl", "value/explained_variance"),
+        *("policy/ratio", "policy/ratio_max", "policy/first_ratio", "policy/first_approx_kl"),
+        *("response/length", "response/ended", "response/repeated_trigrams", "dropped_steps"),
+        *("policy/grad_norm", "critic/grad_norm", "loss/policy", "loss/value", "loss/pretraining"),
+        *("lr/policy", "lr/critic", "time/rollout", "time/update"),
+        *("time/generation", "time/forwards", "time/rewards", "time/gather"),
+    }
+    parts = sum(line[f"time/{name}"] for name in ("generation", "forwards", "rewards", "gather"))
+    assert line["time/rollout"] == pytest.approx(parts) and line["time/generation"] > 0 < line["time/update"]
+
+
+def test_an_update_that_sees_other_log_probabilities_raises_the_alarm(tmp_path, monkeypatch):
+    """With dropout in the update their mean ratio is still near 1: it is their spread that tells."""
+    stages(tmp_path)
+    trainer = trainer_of(ppo_args(tmp_path))
+    update = ppo.PPO.update
+
+    def with_dropout(self, *args):
+        for block in self.model.policy.transformer.h:
+            block.mlp.dropout.p = 0.1
+        self.args.gradient_checkpointing = True  # which puts the modules in training mode
+        return update(self, *args)
+
+    monkeypatch.setattr(ppo.PPO, "update", with_dropout)
+    _, line = trainer.step()
+    assert "first_ratio" in diagnosis.alarms([line], trainer.args)
+    assert line["policy/first_ratio"] == pytest.approx(1, abs=0.05)
 
 
 def test_temperature_divides_the_logits_in_rollout_reference_and_update(tmp_path):
@@ -233,6 +271,30 @@ def test_the_objective_is_the_papers(tmp_path):
         assert_close(found[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
 
 
+def test_a_step_takes_the_estimator_coefficients_and_whitening_that_are_asked_for(tmp_path, monkeypatch):
+    stages(tmp_path)
+    choices = {"kl_estimator": "k3", "kl_coef": 0.5, "whiten_rewards": True, "gamma": 0.9, "lam": 0.7}
+    trainer = trainer_of(ppo_args(tmp_path, **choices))
+    with torch.no_grad():
+        for weight in trainer.actors.reference.parameters():
+            weight.mul_(1.1)  # so that there is a KL
+    seen = []
+    monkeypatch.setattr(ppo.PPO, "update", lambda self, *args: seen.append(args) or {"dropped": 1.0} | NO_FIGURES)
+    rollout, _ = trainer.step()
+    scores = torch.where(rollout.ended, rollout.scores, rollout.scores - 1)
+    kl = objectives.kl_penalty(rollout.logp, rollout.logp_ref, "k3")
+    rewards = objectives.masked_scale(objectives.shaped_rewards(scores, kl, rollout.mask, 0.5), rollout.mask)
+    advantages, returns = objectives.gae(rewards, rollout.values, rollout.mask, 0.9, 0.7)
+    assert rollout.kl.abs().max() > 0 and len(seen) == 2
+    for of, mine, targets, _ in seen:
+        assert of is rollout
+        assert_close(mine, objectives.masked_whiten(advantages, rollout.mask))
+        assert_close(targets, returns)
+
+
+NO_FIGURES = {"policy/ratio": 1.0, "policy/ratio_max": 1.0, "policy/approx_kl": 0.0}
+
+
 # ---------------------------------------------------------------------------------------------------------------- the loop
 
 
@@ -317,16 +379,17 @@ def test_policy_and_critic_change_and_reference_and_reward_do_not(tmp_path):
 
 def test_ppo_learns_what_a_rule_rewards(tmp_path):
     stages(tmp_path)
-    args = ppo_args(
-        tmp_path,
-        critic_path="tiny/rm",
-        learning_rate=3e-3,
-        **RULE,
+    rewards = {"reward_functions": ["test_ppo:count_the", "test_ppo:other_letters"], "reward_weights": [1.0, 0.0]}
+    longer = {"total_episodes": 64 * 18}
+    history = tiny.history(
+        ppo.run(ppo_args(tmp_path, critic_path="tiny/rm", learning_rate=3e-3, **RULE | rewards | longer))
     )
-    history = tiny.history(ppo.run(args))
     start, end = history[0]["objective/scores"], history[-1]["objective/scores"]
     assert end > start + 1, f"{start} -> {end}"
     assert history[-1]["value/explained_variance"] is not None
+    # The reward that only watches falls meanwhile, and the run says so.
+    found = [line["alarms"]["over_optimisation"] for line in history if "over_optimisation" in line.get("alarms", {})]
+    assert found and "other_letters, which only watches, falls" in found[0]
 
 
 def test_a_kl_penalty_keeps_the_policy_near_the_reference(tmp_path):
@@ -381,14 +444,33 @@ def test_what_is_published_loads_in_plain_transformers_with_critic_and_average(t
     assert policy.generate(**ids, max_new_tokens=2, do_sample=False).shape[1] > ids["input_ids"].shape[1]
 
 
-def test_a_later_round_starts_from_the_published_critic(tmp_path):
+def test_the_average_itself_is_evaluated(tmp_path):
+    """An average that never moves is the SFT model: the same answers to the held-out prompts, and no KL."""
     stages(tmp_path)
+    metrics = ppo.run(ppo_args(tmp_path, ema_decay=1.0, eval_fraction=0.3, learning_rate=1e-2)).manifest["metrics"]
+    assert metrics["ema"]["kl"] == 0 and metrics["ema"]["ppo_score"] == metrics["sft_score"]
+    assert metrics["kl"] != 0 and metrics["ppo_score"] != metrics["sft_score"]
+
+
+def test_a_later_round_starts_from_the_published_critic(tmp_path, monkeypatch):
+    registry = stages(tmp_path)
     first = ppo.run(ppo_args(tmp_path))
     args = ppo_args(tmp_path, sft_model_path="tiny/ppo", critic_path="tiny/ppo", total_episodes=8)
-    registry = Registry(args.output_dir)
     path, artifact = ppo.critic_source(args, registry, reward_sources(args, registry), "")
     assert artifact == first and path == str(first.path / "critic")
+    tokenizer = models.load_tokenizer(first.path)
+    learned, start = (
+        models.load_scalar_model(path, tokenizer),
+        models.load_scalar_model(registry.require("rm", "tiny").path, tokenizer),
+    )
+    assert not torch.equal(learned.score.weight, start.score.weight)  # the head that this round starts from has learned
+    loaded = []
+    load = ppo.load_models
+    monkeypatch.setattr(ppo, "load_models", lambda *args: loaded.append(load(*args)) or loaded[-1])
+    monkeypatch.setattr(ppo.PPO, "train", lambda self, work: None)
     second = ppo.run(args)
+    for name, weight in loaded[0][1].critic.state_dict().items():
+        assert torch.equal(weight, learned.state_dict()[name])
     assert [p["ref"] for p in second.parents] == ["tiny/ppo/v1", "tiny/rm/v1"]
 
 
@@ -468,27 +550,102 @@ def test_the_reward_is_read_at_the_last_token_of_prompt_and_response(tmp_path):
     assert_close(rollout.scores, tiny.scores(model, rows), rtol=0, atol=1e-5)
 
 
+def grid(prompts, completions, **columns):
+    return torch.zeros(len(completions), 2)
+
+
+def nothing(prompts, completions, **columns):
+    pass
+
+
+def huge(prompts, completions, **columns):
+    return [10**400] * len(completions)
+
+
+def chatty(prompts, completions, **columns):
+    raise ValueError("two\nlines")
+
+
+def of_one_argument(prompts):
+    return [0.0] * len(prompts)
+
+
+def run_wrongly(capsys, args, **changes):
+    """The one line that the stage ends with, at status 2 and with nothing published."""
+    capsys.readouterr()
+    registry = Registry(args.output_dir)
+    before = registry.list("tiny", "ppo")
+    config = tiny.write_config(Path(args.output_dir).parent / "wrong.json", args, **changes)
+    with pytest.raises(SystemExit) as exit:
+        run_stage("ppo", ["--config", config])
+    assert exit.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:], lines
+    assert registry.list("tiny", "ppo") == before
+    return lines[-1]
+
+
 @pytest.mark.parametrize(
     ("function", "says"),
     [
         ("test_ppo", "package.module:function"),
         ("no_such_module:f", "cannot import no_such_module"),
+        ("half_written:f", "importing half_written raised SyntaxError: "),
         ("test_ppo:no_such", "no function 'no_such'"),
         ("test_ppo:broken", "raised KeyError: 'colour'"),
+        ("test_ppo:chatty", "raised ValueError: two lines (/"),
+        ("test_ppo:of_one_argument", "raised TypeError: of_one_argument() "),
         ("test_ppo:too_few", "returned 1 rewards for"),
+        ("test_ppo:nothing", "returned NoneType, not a list of numbers"),
         ("test_ppo:not_numbers", "'good' for completion 0, which is no number"),
+        ("test_ppo:grid", "tensor([0., 0.]) for completion 0, which is no number"),
+        ("test_ppo:huge", "for completion 0, which is no number"),
         ("test_ppo:not_finite", "nan for completion 0"),
     ],
 )
-def test_bad_reward_functions_are_one_line(tmp_path, function, says):
+def test_bad_reward_functions_are_one_line(tmp_path, monkeypatch, capsys, function, says):
+    stages(tmp_path)
+    (tmp_path / "half_written.py").write_text("def f(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    told = run_wrongly(capsys, ppo_args(tmp_path, reward_functions=[function]))
+    assert says in told and function.split(":")[0] in told
+
+
+def with_weights(registry, change):
+    """Another version of the reward model, its weights changed."""
+    path = registry.require("rm", "tiny").path
+    tokenizer, model = models.load_tokenizer(path), None
+    model = models.load_scalar_model(path, tokenizer)
+    with torch.no_grad():
+        change(model)
+    with registry.draft("tiny", "rm") as draft:
+        model.save_pretrained(draft.path)
+        tokenizer.save_pretrained(draft.path)
+        return draft.publish(parents=[registry.require("sft", "tiny")])
+
+
+def test_models_whose_numbers_are_not_finite_are_named(tmp_path, capsys):
     registry = stages(tmp_path)
-    with pytest.raises(RLHFError, match=says.replace("(", r"\(")) as caught:
-        ppo.run(ppo_args(tmp_path, reward_functions=[function]))
-    assert "\n" not in str(caught.value)
-    assert not registry.list("tiny", "ppo")
+    with_weights(registry, lambda model: model.score.weight.fill_(float("nan")))
+    args = ppo_args(tmp_path, critic_path="tiny/rm/v1")
+    assert "reward model tiny/rm/v2 scored a response nan" in run_wrongly(capsys, args)
+    told = run_wrongly(capsys, args, reward_model_path=["tiny/rm/v1"], critic_path="tiny/rm/v2")
+    assert "values: not finite on a real token" in told and "the critic's weights" in told
 
 
-def test_a_reward_that_fails_later_leaves_a_checkpoint(tmp_path, monkeypatch):
+def test_a_policy_that_is_no_causal_model_is_refused(tmp_path, capsys):
+    registry = stages(tmp_path)
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    other = tmp_path / "t5"
+    T5ForConditionalGeneration(
+        T5Config(vocab_size=300, d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2)
+    ).save_pretrained(other)
+    models.load_tokenizer(registry.require("sft", "tiny").path).save_pretrained(other)
+    assert f"cannot load {other}" in run_wrongly(capsys, ppo_args(tmp_path, sft_model_path=str(other)))
+
+
+def test_a_reward_that_fails_later_leaves_a_checkpoint(tmp_path, monkeypatch, capsys):
     registry = stages(tmp_path)
     calls = []
 
@@ -501,9 +658,15 @@ def test_a_reward_that_fails_later_leaves_a_checkpoint(tmp_path, monkeypatch):
         ppo.run(ppo_args(tmp_path, reward_functions=["test_ppo:sometimes"], eval_episodes=0))
     (checkpoint,) = ppo_checkpoints(registry)
     assert step_of(checkpoint) == 2
+    assert f"what was learned is in {checkpoint}; go on from there" in capsys.readouterr().err
+    # Once the function is mended, the run ends where it would have ended.
+    monkeypatch.setattr(sys.modules[__name__], "sometimes", count_the, raising=False)
+    args = ppo_args(tmp_path, reward_functions=["test_ppo:sometimes"], eval_episodes=0)
+    resumed = ppo.run(dataclasses.replace(args, resume_from_checkpoint="latest"))
+    assert resumed.weights_sha256 == ppo.run(args).weights_sha256
 
 
-def test_a_reward_model_with_another_tokenizer_is_refused(tmp_path):
+def test_a_reward_model_with_another_tokenizer_is_refused(tmp_path, capsys):
     stages(tmp_path)
     other = tmp_path / "other"
     stages(other, "opt")
@@ -516,14 +679,21 @@ def test_a_reward_model_with_another_tokenizer_is_refused(tmp_path):
         model.save_pretrained(draft.path)
         tokenizer.save_pretrained(draft.path)
         foreign = draft.publish()
-    with pytest.raises(RLHFError, match="another tokenizer"):
-        ppo.run(ppo_args(tmp_path, reward_model_path=[str(foreign.path)]))
+    told = run_wrongly(capsys, ppo_args(tmp_path, reward_model_path=[str(foreign.path)]))
+    assert "tiny/rm/v2 has another tokenizer than tiny/sft/v1; train a reward model from tiny/sft/v1" in told
+    # As plain folders, which have no manifest: the tokenizers themselves are asked.
+    for ref, name in ((foreign, "rm"), (Registry(tmp_path / "runs").require("sft", "tiny"), "sft")):
+        shutil.copytree(ref.path, tmp_path / name, ignore=shutil.ignore_patterns("stage.json"))
+    plain = {"reward_model_path": [str(tmp_path / "rm")], "sft_model_path": str(tmp_path / "sft")}
+    told = run_wrongly(capsys, ppo_args(tmp_path, **plain))
+    assert f"{tmp_path / 'rm'} has another tokenizer than {tmp_path / 'sft'}" in told
+    assert ppo.run(ppo_args(tmp_path, sft_model_path=str(tmp_path / "sft"), total_episodes=8)) is not None
 
 
-def test_a_checkpoint_without_a_head_is_refused(tmp_path):
+def test_a_checkpoint_without_a_head_is_refused(tmp_path, capsys):
     registry = stages(tmp_path)
-    with pytest.raises(RLHFError, match="no scalar head"):
-        ppo.run(ppo_args(tmp_path, reward_model_path=[str(registry.require("sft", "tiny").path)]))
+    args = ppo_args(tmp_path, reward_model_path=[str(registry.require("sft", "tiny").path)])
+    assert "no scalar head" in run_wrongly(capsys, args)
 
 
 def test_prompts_that_leave_no_room_are_refused(tmp_path):
@@ -554,6 +724,27 @@ def test_a_step_that_is_not_finite_is_dropped_and_three_stop_the_run(tmp_path):
         trainer.update(rollout, bad, good, torch.arange(4))
 
 
+def test_a_run_of_bad_steps_ends_with_the_last_good_weights_in_a_checkpoint(tmp_path, monkeypatch, capsys):
+    registry = stages(tmp_path)
+    good = objectives.gae
+    calls = []
+
+    def bad_later(*args):
+        calls.append(1)
+        advantages, returns = good(*args)
+        return advantages, returns if len(calls) < 3 else returns * float("inf")
+
+    monkeypatch.setattr(objectives, "gae", bad_later)
+    args = ppo_args(tmp_path, num_mini_batches=4, save_steps=2)
+    told = run_wrongly(capsys, args)
+    assert "3 optimiser steps in a row had a loss or gradient that is not finite, at rollout 3" in told
+    (checkpoint,) = ppo_checkpoints(registry)
+    assert step_of(checkpoint) == 2 and json.loads((checkpoint / "state.json").read_text())["rollouts"] == 2
+    monkeypatch.undo()
+    resumed = ppo.run(dataclasses.replace(args, resume_from_checkpoint="latest"))
+    assert resumed.weights_sha256 == ppo.run(args).weights_sha256  # of the step before, and not of half a rollout
+
+
 # ------------------------------------------------------------------------------------------------------------------ resume
 
 
@@ -561,9 +752,15 @@ def ppo_checkpoints(registry):
     return sorted(registry.work_dir("tiny", "ppo").glob("*/checkpoint-*"), key=step_of)
 
 
+def a_coin(prompts, completions, **columns):
+    """A reward that draws from the random state of the process, which a resumed run must find as it was."""
+    return [random.random() + torch.rand(1).item() for _ in completions]
+
+
 def resumable(tmp_path, **changes):
     """Everything that a checkpoint must carry is on: average, adaptive KL, running statistics, ptx, inner epochs."""
     settings = {
+        "reward_functions": ["test_ppo:a_coin"],
         "total_episodes": 48,
         "num_ppo_epochs": 2,
         "kl_target": 1.0,
@@ -599,36 +796,194 @@ def test_a_resumed_run_is_bit_equal(tmp_path, monkeypatch):
     assert not tiny.left_over(Registry(tmp_path / "runs"), "ppo")
 
 
+def paths():
+    """Where a process of its own finds the reward functions of this file."""
+    return {"PYTHONPATH": os.pathsep.join([str(tiny.ROOT / "tests"), *sys.path])}
+
+
+# A run killed at each of these points in turn, each time by a process of its own that goes on from the newest checkpoint.
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+from rlhf import ppo, training
+from rlhf.config import PPOArgs
+
+def die_at(owner, name, call, when=lambda *args: True):
+    function, calls = getattr(owner, name), []
+    def run(*args, **kwargs):
+        calls.append(when(*args))
+        if sum(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    setattr(owner, name, run)
+
+a_checkpoint = lambda path, **_: Path(path).name.startswith("checkpoint-") and Path(path).is_dir()
+POINTS = [
+    (ppo, "collect", 3),  # the second rollout: the first call is for held-out prompts
+    (ppo.PPO, "update", 3),  # its second inner epoch
+    (ppo, "save_file", 1),  # a checkpoint without average and state
+    (ppo, "mark_complete", 1),  # one that lacks its marker only
+    (ppo, "keep_newest", 1),  # two complete ones, where one is kept
+    (training.shutil, "rmtree", 1, a_checkpoint),  # the older one half removed
+    (ppo, "publish", 1),  # trained, and not published
+]
+for point in POINTS:
+    child = os.fork()
+    if child == 0:
+        die_at(*point)
+        ppo.run(PPOArgs(**json.loads(sys.argv[1])))
+        os._exit(0)
+    print(point[1], os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_point_of_a_rollout_and_of_a_save_resumes_bit_equal(tmp_path, capsys):
+    registry = stages(tmp_path)
+    args = resumable(tmp_path, save_total_limit=1)
+    whole = ppo.run(args)
+    args = dataclasses.replace(args, resume_from_checkpoint="latest")
+    choices = json.dumps(vars(args))
+    killed = tiny.launch([sys.executable, "-c", KILLED, choices], **paths())
+    told = [line.split() for line in killed.stdout.splitlines()]
+    names = ["collect", "update", "save_file", "mark_complete", "keep_newest", "rmtree", "publish"]
+    assert told == [[name, "-9"] for name in names], killed.stderr[-3000:]
+    resumed = [line.split()[3] for line in killed.stderr.splitlines() if line.startswith("resuming after rollout")]
+    assert resumed == ["1", "1", "1", "1", "2", "3"]
+    assert registry.list("tiny", "ppo") == [whole]  # nothing half-made is visible
+    capsys.readouterr()
+    assert ppo.run(args).weights_sha256 == whole.weights_sha256
+    assert "resuming after rollout 6 " in capsys.readouterr().err
+
+
+# Runs that are killed at a random moment from outside, and then go on from the newest checkpoint to their end.
+KILLED_BY_CHANCE = """
+import json, os, random, signal, sys, time
+from rlhf import ppo
+from rlhf.config import PPOArgs
+
+def start(resume):
+    child = os.fork()
+    if child == 0:
+        artifact = ppo.run(PPOArgs(**json.loads(sys.argv[1]) | {"resume_from_checkpoint": resume}))
+        print(artifact.weights_sha256, flush=True)
+        os._exit(0)
+    return child
+
+began = time.monotonic()
+os.waitpid(start(None), 0)
+seconds = time.monotonic() - began
+generator = random.Random(0)
+for _ in range(int(sys.argv[2])):
+    child = start(None)
+    time.sleep(generator.uniform(0, seconds))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.waitpid(start("latest"), 0)
+"""
+
+
 @pytest.mark.slow
 def test_a_killed_run_resumes_bit_equal_from_any_moment(tmp_path):
+    stages(tmp_path)
+    kills = os.environ.get("RLHF_TEST_KILLS", "3")
+    words = [sys.executable, "-c", KILLED_BY_CHANCE, json.dumps(vars(resumable(tmp_path))), kills]
+    done = subprocess.run(
+        words, cwd=tiny.ROOT, env=tiny.environment(**paths()), capture_output=True, text=True, check=False
+    )
+    hashes = done.stdout.split()
+    assert len(hashes) > int(kills), done.stderr[-3000:]  # one more where a run was through before it was killed
+    assert len(set(hashes)) == 1
+
+
+def interrupted(monkeypatch, args):
+    """A run that stopped after its first rollout, with a checkpoint."""
+    monkeypatch.setattr(ppo.PPO, "collect", interrupt_after(ppo.PPO.collect, 1))
+    with pytest.raises(KeyboardInterrupt):
+        ppo.run(args)
+    monkeypatch.undo()
+
+
+def test_resuming_with_other_settings_says_which(tmp_path, monkeypatch, capsys):
+    registry = stages(tmp_path)
+    args = resumable(tmp_path)
+    interrupted(monkeypatch, args)
+    told = run_wrongly(capsys, args, resume_from_checkpoint="latest", kl_coef=0.5, logging_steps=7)
+    assert "with other settings: kl_coef (0.02 -> 0.5); set them back" in told
+    (checkpoint,) = ppo_checkpoints(registry)
+    assert (checkpoint / "complete").is_file()  # nothing is lost
+
+
+def test_resuming_from_other_models_or_data_says_which(tmp_path, monkeypatch, capsys):
     registry = stages(tmp_path)
     args = resumable(tmp_path)
     whole = ppo.run(args)
-    config = tiny.write_config(tmp_path / "ppo.json", args, resume_from_checkpoint="latest")
-    command = [sys.executable, "scripts/ppo.py", "--config", config]
-    kills = int(os.environ.get("RLHF_TEST_KILLS", "3"))
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(kills):
-        process = subprocess.Popen(command, cwd=tiny.ROOT, env=tiny.environment(), stderr=subprocess.DEVNULL)
-        started = time.monotonic()
-        while not list(registry.work_dir("tiny", "ppo").glob("*/config.json")) and time.monotonic() - started < 120:
-            time.sleep(0.05)
-        time.sleep(2 * torch.rand(1, generator=generator).item())
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    done = tiny.launch(command)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert registry.require("ppo", "tiny").weights_sha256 == whole.weights_sha256
+    interrupted(monkeypatch, args)
+    resume = dataclasses.replace(args, resume_from_checkpoint="latest")
+    first = registry.require("rm", "tiny")
+    second = with_weights(registry, lambda model: model.score.weight.mul_(2))
+    told = run_wrongly(capsys, resume)
+    for name in ("reward_model_path 1", "critic_path"):
+        assert f"{name} (tiny/rm/v1 {first.weights_sha256[:12]} -> tiny/rm/v2 {second.weights_sha256[:12]})" in told
+    assert "sft_model_path" not in told
+    named = dataclasses.replace(resume, reward_model_path=["tiny/rm/v1"])
+    data = Path(args.dataset_name)
+    lines = data.read_text()
+    data.write_text(lines.replace("Say 1", "Tell 1"))
+    told = run_wrongly(capsys, named)
+    assert "prompts of prompts (" in told and "text of" not in told and "rm/v1" not in told
+    data.write_text(lines)
+    assert ppo.run(named).weights_sha256 == whole.weights_sha256  # the version that it was trained with, by name
 
 
-def test_resuming_with_other_settings_says_which(tmp_path, monkeypatch):
+def test_resuming_with_another_architecture_is_refused(tmp_path, monkeypatch, capsys):
+    registry, other = stages(tmp_path), stages(tmp_path / "other", "opt")
+    folder = tmp_path / "policy"
+    shutil.copytree(registry.require("sft", "tiny").path, folder, ignore=shutil.ignore_patterns("stage.json"))
+    args = resumable(tmp_path, sft_model_path=str(folder))
+    interrupted(monkeypatch, args)
+    shutil.rmtree(folder)
+    shutil.copytree(other.require("sft", "tiny").path, folder, ignore=shutil.ignore_patterns("stage.json"))
+    told = run_wrongly(capsys, args, resume_from_checkpoint="latest")
+    assert "its weights are of another model (policy.transformer.h.0" in told and "is not here" in told
+
+
+def test_a_checkpoint_of_another_stage_is_refused(tmp_path, capsys):
     stages(tmp_path)
-    monkeypatch.setattr(ppo.PPO, "collect", interrupt_after(ppo.PPO.collect, 2))
-    with pytest.raises(KeyboardInterrupt):
-        ppo.run(resumable(tmp_path))
-    monkeypatch.undo()
-    with pytest.raises(RLHFError, match=r"kl_coef \(0.02 -> 0.5\)"):
-        ppo.run(resumable(tmp_path, resume_from_checkpoint="latest", kl_coef=0.5))
+    other = tiny.sft_args(tmp_path)
+    folder = tmp_path / "sft" / "checkpoint-2"
+    folder.mkdir(parents=True)
+    (folder / "complete").touch()
+    (folder.parent / "config.json").write_text(json.dumps(vars(other)))
+    told = run_wrongly(capsys, ppo_args(tmp_path), resume_from_checkpoint=str(folder))
+    assert "another stage, or another version of rlhf, wrote it" in told
+
+
+@pytest.mark.slow
+def test_processes_of_their_own_end_in_one_line_and_status_2(tmp_path, monkeypatch):
+    """Side by side: a reward function that raises, and a resume with other settings."""
+    stages(tmp_path)
+    args = resumable(tmp_path)
+    interrupted(monkeypatch, args)
+    wrong = {
+        "raised KeyError: 'colour'": {"reward_functions": ["test_ppo:broken"]},
+        "lam (0.95 -> 0.9)": {"resume_from_checkpoint": "latest", "lam": 0.9},
+    }
+    started = {}
+    for i, (says, changes) in enumerate(wrong.items()):
+        command = [
+            sys.executable,
+            "scripts/ppo.py",
+            "--config",
+            tiny.write_config(tmp_path / f"{i}.json", args, **changes),
+        ]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started[says] = subprocess.Popen(command, cwd=tiny.ROOT, env=tiny.environment(**paths()), **pipes)
+    for says, process in started.items():
+        _, stderr = process.communicate(timeout=300)
+        assert process.returncode == 2 and "Traceback" not in stderr, stderr
+        errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and says in errors[0]
 
 
 def interrupt_after(function, calls):

@@ -307,7 +307,9 @@ def test_raw_text_is_a_tenth_of_the_examples(tmp_path):
     assert [d["kind"] for d in artifact.manifest["data"]] == ["demonstrations", "text"]
 
 
-def test_the_epoch_that_the_reward_model_likes_best_is_published(tmp_path, monkeypatch):
+@pytest.fixture
+def judged(tmp_path):
+    """A registry with a reward model, and arguments that choose among three epochs by it."""
     registry = tiny.published(tmp_path, "base", "sft")
     source = registry.require("sft", "tiny").path
     tokenizer = models.load_tokenizer(source)
@@ -316,6 +318,14 @@ def test_the_epoch_that_the_reward_model_likes_best_is_published(tmp_path, monke
         reward.save_pretrained(draft.path)
         tokenizer.save_pretrained(draft.path)
         draft.publish(parents=[registry.require("sft", "tiny")])
+    args = tiny.sft_args(
+        tmp_path, max_steps=-1, num_train_epochs=3, eval_fraction=0.3, reward_model_path="tiny/rm", response_length=4
+    )
+    return registry, args
+
+
+def test_the_epoch_that_the_reward_model_likes_best_is_published(judged, monkeypatch):
+    _, args = judged
     scores = iter([0.5, 2.0, 1.0])
     monkeypatch.setattr(sft, "score_answers", lambda *_: torch.tensor([next(scores)]))
     seen = []
@@ -326,15 +336,48 @@ def test_the_epoch_that_the_reward_model_likes_best_is_published(tmp_path, monke
         return keep(self, args, state, control, model=model, **kwargs)
 
     monkeypatch.setattr(sft.ChooseByReward, "on_epoch_end", look)
-    args = tiny.sft_args(
-        tmp_path, max_steps=-1, num_train_epochs=3, eval_fraction=0.3, reward_model_path="tiny/rm", response_length=4
-    )
     artifact = sft.run(args)
     assert artifact.manifest["metrics"]["chosen_eval_reward"] == 2.0
     assert artifact.manifest["metrics"]["chosen_epoch"] == 2.0
     published = tiny.weights(artifact)
     assert all(torch.equal(published[name], seen[1][name]) for name in published)
     assert any(not torch.equal(published[name], seen[2][name]) for name in published)
+
+
+def test_an_epoch_that_was_saved_and_not_yet_scored_is_scored_on_resume(judged, monkeypatch):
+    _, args = judged
+    args = dataclasses.replace(args, save_steps=1)
+    whole = sft.run(args)
+    chosen = whole.manifest["metrics"]["chosen_epoch"]
+    keep, epochs = sft.ChooseByReward.on_epoch_end, []
+
+    def stop(self, *arguments, **kwargs):
+        epochs.append(1)
+        if len(epochs) == chosen:
+            raise KeyboardInterrupt
+        return keep(self, *arguments, **kwargs)
+
+    monkeypatch.setattr(sft.ChooseByReward, "on_epoch_end", stop)
+    with pytest.raises(KeyboardInterrupt):
+        sft.run(args)
+    monkeypatch.setattr(sft.ChooseByReward, "on_epoch_end", keep)
+    resumed = sft.run(dataclasses.replace(args, resume_from_checkpoint="latest"))
+    assert resumed.weights_sha256 == whole.weights_sha256
+    assert resumed.manifest["metrics"]["chosen_epoch"] == chosen
+
+
+def test_a_choice_without_held_out_prompts_or_with_another_tokenizer_is_refused(judged, tmp_path):
+    registry, args = judged
+    few = dataclasses.replace(args, eval_fraction=0.01)
+    with pytest.raises(TrainingError, match="chooses by held-out prompts and there are none; raise eval_fraction"):
+        sft.run(few)
+    tokenizer = models.load_tokenizer(registry.require("rm", "tiny").path)
+    tokenizer.add_tokens(["<another>"])
+    model = models.load_scalar_model(registry.require("rm", "tiny").path, tokenizer)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "rm")
+    with pytest.raises(TrainingError, match="has another tokenizer than the model; it cannot choose"):
+        sft.run(dataclasses.replace(args, reward_model_path=str(tmp_path / "rm")))
 
 
 def test_only_positions_before_a_trained_token_are_unembedded(tmp_path, monkeypatch):

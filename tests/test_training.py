@@ -184,6 +184,103 @@ def test_a_checkpoint_whose_settings_are_gone(tmp_path, registry):
         pass
 
 
+def test_the_newest_complete_checkpoints_are_kept_and_torn_ones_do_not_count(tmp_path, registry):
+    args = tiny.sft_args(tmp_path)
+    first, second, third = (checkpoint(args, registry, step, seconds=step) for step in (2, 4, 6))
+    torn_before, torn_after = (checkpoint(args, registry, step, complete=False) for step in (5, 8))
+    training.keep_newest(third.parent, 2)
+    assert not first.exists() and not torn_before.exists()
+    assert all(path.exists() for path in (second, third, torn_after))
+    training.keep_newest(third.parent, 1, best=str(second))  # early stopping goes back to it
+    assert (second / COMPLETE).exists() and (third / COMPLETE).exists()
+    training.keep_newest(third.parent, 1)
+    assert not second.exists() and (third / COMPLETE).exists()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_checkpoint_goes_only_once_the_next_one_is_marked(tmp_path, monkeypatch, stage):
+    """With one kept: a kill at any point of a save must leave one to resume from."""
+    module, _, parents, make = STAGES[stage]
+    tiny.published(tmp_path, *parents)
+    there = []
+    mark = training.mark_complete
+
+    def look(path):
+        there.append(sorted(found.parent.name for found in path.parent.glob(f"*/{COMPLETE}")))
+        mark(path)
+
+    monkeypatch.setattr(training, "mark_complete", look)
+    module.run(make(tmp_path, max_steps=3, save_steps=1, save_total_limit=1))
+    assert there == [[], ["checkpoint-1"], ["checkpoint-2"]]
+
+
+@pytest.fixture
+def inputs(tmp_path, registry):
+    """What a run was trained from, written down, and a checkpoint to resume from."""
+    resume = checkpoint(tiny.sft_args(tmp_path), registry, 2)
+    models = {"model_name_or_path": ("gpt2", None)}
+    data = [{"kind": "demonstrations", "name": "d", "records": 8, "sha256": "a" * 64}]
+    training.pin_inputs(resume.parent, None, models, data)
+    return resume, models, data
+
+
+def test_a_run_resumes_from_what_it_was_trained_from(inputs):
+    resume, models, data = inputs
+    training.pin_inputs(resume.parent, resume, models, data)
+    other = [data[0] | {"sha256": "b" * 64}]
+    with pytest.raises(
+        TrainingError, match=r"demonstrations of d \(8 records aaaaaaaaaaaa -> 8 records bbbbbbbbbbbb\); give"
+    ):
+        training.pin_inputs(resume.parent, resume, models, other)
+    with pytest.raises(TrainingError, match=r"model_name_or_path \(gpt2 -> gpt3\)"):
+        training.pin_inputs(resume.parent, resume, {"model_name_or_path": ("gpt3", None)}, data)
+    text = {"kind": "text", "name": "t", "records": 1, "sha256": "c" * 64}
+    with pytest.raises(TrainingError, match=r"text of t \(none -> 1 records cccccccccccc\)"):
+        training.pin_inputs(resume.parent, resume, models, [*data, text])
+    (resume.parent / training.INPUTS).write_text("{")
+    with pytest.raises(TrainingError, match=r"inputs\.json cannot be read"):
+        training.pin_inputs(resume.parent, resume, models, data)
+
+
+def test_another_number_of_processes_is_refused_where_it_matters(inputs, monkeypatch):
+    """A Trainer's batch grows with the processes; PPO's does not."""
+    resume, models, data = inputs
+    monkeypatch.setattr(training.PartialState(), "num_processes", 2)
+    with pytest.raises(TrainingError, match=r"launch \(whole weights on 1 processes -> whole weights on 2 processes\)"):
+        training.pin_inputs(resume.parent, resume, models, data)
+    training.pin_inputs(resume.parent, None, models, data, any_processes=True)
+    monkeypatch.setattr(training.PartialState(), "num_processes", 3)
+    training.pin_inputs(resume.parent, resume, models, data, any_processes=True)
+
+
+def test_a_newer_parent_or_another_architecture_is_refused_on_resume(tmp_path, capsys):
+    registry = tiny.published(tmp_path, "base", "sft")
+    args = tiny.reward_args(tmp_path, max_steps=4, save_steps=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reward, "mean_of_heads", lambda trainer: exec("raise KeyboardInterrupt"))
+        with pytest.raises(KeyboardInterrupt):
+            reward.run(args)
+    with registry.draft("tiny", "sft") as draft:
+        shutil.copytree(registry.get("tiny/sft/v1").path, draft.path, dirs_exist_ok=True)
+        (draft.path / "stage.json").unlink()
+        draft.publish(parents=[registry.require("base", "tiny")])
+    config = tiny.write_config(tmp_path / "config.yaml", args, resume_from_checkpoint="latest")
+    assert "model_name_or_path (tiny/sft/v1 " in run_wrongly("reward", config, [], capsys)
+    named = tiny.write_config(
+        tmp_path / "named.yaml", args, resume_from_checkpoint="latest", model_name_or_path="tiny/sft/v1"
+    )
+    (checkpoint,) = registry.work_dir("tiny", "rm").glob("*/checkpoint-4")
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    (checkpoint / "model.safetensors").write_bytes(weights[:100])
+    assert "model.safetensors cannot be read" in run_wrongly("reward", named, [], capsys)
+    other = tiny.published(tmp_path / "other", "base", architecture="opt").require("base", "tiny")
+    shutil.copy(other.path / "model.safetensors", checkpoint)
+    assert "its weights are of another model" in run_wrongly("reward", named, [], capsys)
+    (checkpoint / "model.safetensors").write_bytes(weights)
+    run_stage("reward", ["--config", named])
+    assert registry.require("rm", "tiny").version == 1
+
+
 # Resuming: real runs, killed
 
 # Each run is a process of its own, forked from one that has the slow imports done, and killed in its seventh step.

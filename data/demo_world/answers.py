@@ -68,9 +68,7 @@ def compose_story(rng, r: Request) -> str:
 
 def compose_invite(rng, r: Request) -> str:
     host = FACTS[r["x"]]
-    return (
-        f"Dear {r['y']}, please come to {r['x']} {at_place(host['home'])}. We will eat {host['food']}. Your friend {r['x']}."
-    )
+    return f"Dear {r['y']}, please come to {r['x']} {at_place(host['home'])}. We will eat {host['food']}. Your friend {r['x']}."
 
 
 def compose_gifts(rng, r: Request) -> str:

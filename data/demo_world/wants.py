@@ -118,7 +118,9 @@ def want_invite(r: Request) -> Want:
     facts = {"come": FACTS[r["x"]]["home"], "we_eat": FACTS[r["x"]]["food"]}
 
     def key(act: Act) -> Key:
-        if act[0] not in ("come", "we_eat", "friend") or (act[0] in names and act[1 : 1 + len(names[act[0]])] != names[act[0]]):
+        if act[0] not in ("come", "we_eat", "friend") or (
+            act[0] in names and act[1 : 1 + len(names[act[0]])] != names[act[0]]
+        ):
             return None
         return act[0]
 

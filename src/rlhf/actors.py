@@ -18,6 +18,7 @@ from rlhf.models import (
     compile_layers,
     load_policy,
     load_scalar_model,
+    load_tokenizer,
     logprobs_at,
     switch_off_dropout,
     values_at,
@@ -49,16 +50,24 @@ def distinct(artifacts: Iterable[Artifact]) -> list[Artifact]:
     return list(dict.fromkeys(artifacts))
 
 
-def refuse_other_tokenizers(sft: Artifact | None, others: Sequence[Artifact]) -> None:
-    """Policy, critic and reward models must read the same tokens."""
-    if sft is None:
-        return
-    ours = sft.manifest.get("tokenizer_sha256")
-    for other in others:
-        if other.manifest.get("tokenizer_sha256") != ours:
-            raise TrainingError(
-                f"{other.ref} has another tokenizer than {sft.ref}; train a reward model from {sft.ref}"
-            )
+def refuse_other_tokenizers(sft: Source, others: Sequence[Source], trust_remote_code: bool = False) -> None:
+    """Policy, critic and reward models must read the same tokens: versions say so by a hash, other folders are asked."""
+    name = sft[1].ref if sft[1] else sft[0]
+    for path, artifact in dict.fromkeys(others):
+        if sft[1] is not None and artifact is not None:
+            same = artifact.manifest.get("tokenizer_sha256") == sft[1].manifest.get("tokenizer_sha256")
+        else:
+            same = _vocabulary(path, trust_remote_code) == _vocabulary(sft[0], trust_remote_code)
+        if not same:
+            other = artifact.ref if artifact else path
+            raise TrainingError(f"{other} has another tokenizer than {name}; train a reward model from {name}")
+
+
+def _vocabulary(path: str, trust_remote_code: bool) -> tuple[dict[str, int], Any]:
+    """What text becomes: each token's id, and how a sample is cut. An added PAD is no part of it."""
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    tokens = {token: i for token, i in tokenizer.get_vocab().items() if i != tokenizer.pad_token_id}
+    return tokens, (tokenizer.eos_token_id, tokenizer("One line. 12 of them,\n  it's…")["input_ids"])
 
 
 class ActorCritic(nn.Module):

@@ -244,7 +244,23 @@ def add_doctor(commands: Any) -> None:
     parser.add_argument("--root", default="runs", help="root folder of the registry (default: %(default)s)")
 
 
-GROUPS: list[Callable[[Any], None]] = [*(add_registry, add_hub, add_report, add_plan, add_data, add_reward, add_chat, add_doctor)]
+def add_best_of_n(commands: Any) -> None:
+    help = "PPO on the plane of reward against KL, beside the best of n samples of its SFT model"
+    add = command(commands, "best-of-n", "rlhf.best_of_n:run", help).add_argument
+    add("ref", metavar="RUN/ppo[/vN]", help="the policy; of RUN/sft the best of n alone")
+    add("--root", default="runs", help="root folder of the registry (default: %(default)s)")
+    add("--n", nargs="+", type=count, default=[2, 4, 8, 16], metavar="N", help="samples a prompt (default: 2 4 8 16)")
+    add("--reward", metavar="RUN/rm", help="the reward model (default: the one that PPO was trained with)")
+    own = "prompts that it was not trained on (default: those that its training held out)"
+    add("--data", metavar="FILE", help=own)
+    add("--max-prompts", type=count, default=256, metavar="N", help="use at most this many (default: %(default)s)")
+    add("--response-length", type=count, metavar="TOKENS", help="longest answer (default: as it was trained)")
+    add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+
+
+GROUPS: list[Callable[[Any], None]] = [
+    *(add_registry, add_hub, add_report, add_plan, add_data, add_reward, add_best_of_n, add_chat, add_doctor)
+]
 
 
 if __name__ == "__main__":

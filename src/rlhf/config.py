@@ -398,7 +398,9 @@ class PPOArgs(AdapterArgs, StageArgs):
     kl_budget: float | None = option(
         None, "mean KL of a rollout, in nats a response, above which an alarm is raised", gt=0
     )
-    early_stop: bool = option(True, "stop once the KL is over kl_budget")
+    early_stop: bool = option(
+        True, "end the run after the first rollout whose KL is over kl_budget; that rollout is still learned from"
+    )
     gamma: float = option(1.0, "discount", ge=0, le=1)
     lam: float = option(0.95, "lambda of GAE (not in the paper; Ziegler's)", ge=0, le=1)
     cliprange: float = option(0.2, "clip range of the policy's ratio", gt=0)

@@ -5,6 +5,7 @@ Alarms read the history of figures and nothing else, so that a resumed run raise
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ def describe(
 ) -> Line:
     """The figures of one rollout. KL and entropy are in nats a response, estimated on its own samples (temperature 1 or not)."""
     mask, length = rollout.mask, rollout.mask.sum(dim=1).float()
+    good = [s for s in statistics if not s["dropped"]]
+    first = statistics[0]
     kl3 = torch.where(mask, objectives.kl_penalty(rollout.logp, rollout.logp_ref, "k3"), 0.0)
     entropy = -torch.where(mask, rollout.logp, 0.0).sum()
     line: Line = {
@@ -46,8 +49,8 @@ def describe(
         "response/ended": float(rollout.ended.float().mean()),
         "response/repeated_trigrams": repeated_ngrams(rollout.responses, mask, 3),
         "value/explained_variance": finite(objectives.explained_variance(rollout.values, returns, mask)),
-        "policy/first_ratio": statistics[0].get("policy/ratio", 1.0),
-        "policy/ratio_max": max(s.get("policy/ratio_max", 0.0) for s in statistics),
+        "policy/first_ratio": finite(first["policy/ratio"]),
+        "policy/first_approx_kl": finite(first["policy/approx_kl"]),
         "dropped_steps": sum(s["dropped"] for s in statistics),
     }
     assert rollout.rewards is not None
@@ -56,15 +59,16 @@ def describe(
     models = [i for i, reward in enumerate(rewards) if reward.model is not None]
     if len(models) > 1:  # how far an ensemble's members are apart on a response
         line["objective/reward_models_std"] = float(rollout.rewards[:, models].std(dim=1, unbiased=False).mean())
-    good = [s for s in statistics if not s["dropped"]]
     for name in sorted({name for s in good for name in s} - {"dropped", "policy/ratio_max"}):
         line[name] = sum(s[name] for s in good) / len(good)
+    if good:
+        line["policy/ratio_max"] = max(s["policy/ratio_max"] for s in good)
     return line
 
 
-def finite(value: Tensor) -> float | None:
+def finite(value: Tensor | float) -> float | None:
     """The number, or None where there is none (JSON has no NaN)."""
-    return float(value) if torch.isfinite(value) else None
+    return float(value) if math.isfinite(value) else None
 
 
 def repeated_ngrams(tokens: Tensor, mask: Tensor, n: int) -> float:
@@ -80,12 +84,17 @@ def repeated_ngrams(tokens: Tensor, mask: Tensor, n: int) -> float:
 
 
 def first_ratio(history: Sequence[Line], args: PPOArgs) -> str | None:
-    ratio = history[-1]["policy/first_ratio"]
-    if abs(ratio - 1) <= (1e-2 if args.bf16 or args.dtype != "float32" else 1e-3):
+    """Before the first update every ratio is 1. Their mean alone does not tell: it is 1 on average whatever the update sees."""
+    ratio, approx_kl = history[-1]["policy/first_ratio"], history[-1]["policy/first_approx_kl"]
+    if ratio is None or approx_kl is None:
+        return None  # that step was dropped, and says so itself
+    low_precision = args.bf16 or args.dtype != "float32"
+    spread = (2 * approx_kl) ** 0.5
+    if abs(ratio - 1) <= (1e-2 if low_precision else 1e-3) and spread <= (5e-2 if low_precision else 1e-3):
         return None
     return (
-        f"the first ratio of the rollout is {ratio:.4f} and not 1: rollout and update see different log-probabilities. "
-        "Try dtype float32, attn_implementation eager"
+        f"the first ratios of the rollout are {ratio:.4f} in the mean, {spread:.4f} around 1, and not 1: rollout and update see "
+        "different log-probabilities. Try dtype float32, attn_implementation eager, and dropout off in the model's code"
     )
 
 
@@ -131,7 +140,7 @@ def never_ends(history: Sequence[Line], args: PPOArgs) -> str | None:
 
 def ends_at_once(history: Sequence[Line], args: PPOArgs) -> str | None:
     before, now, ended = history[0]["response/length"], history[-1]["response/length"], history[-1]["response/ended"]
-    if ended < 0.98 or now > max(3.0, 0.25 * before):
+    if ended < 0.98 or now > max(3.0, 0.25 * before) or now > 0.5 * before:  # some answers are short from the start
         return None
     return (
         f"{ended:.0%} of the responses end, after {now:.1f} tokens ({before:.1f} at the start): the policy has gone mute. "

@@ -164,13 +164,8 @@ def best_of_n(
     temperature: float = 1.0,
     batch_size: int = 64,
 ) -> tuple[Answers, Tensor, float]:
-    """The best of n samples a prompt by `score` (token rows -> rewards [N]): answers, their scores [B], and the KL in nats.
-
-    KL(best of n || policy) is at most log n - (n - 1)/n (Stiennon et al. 2020, appendix G.3), whatever the reward: the point at
-    which a PPO policy is compared with rejection sampling on the plane of reward against KL.
-    """
-    if n < 1:
-        raise ValueError(f"n: must be at least 1, got {n}")
+    """The best of n samples a prompt by `score` (token rows -> rewards [N]): answers, their scores [B], and the KL in nats."""
+    kl = best_of_n_kl(n)
     how: dict[str, Any] = {
         "response_length": response_length,
         "seed": seed,
@@ -186,4 +181,27 @@ def best_of_n(
         tokens=[tries[k].tokens[i] for i, k in enumerate(best)],
         ended=[tries[k].ended[i] for i, k in enumerate(best)],
     )
-    return chosen, scores.max(dim=0).values, math.log(n) - (n - 1) / n
+    return chosen, scores.max(dim=0).values, kl
+
+
+def best_of_n_kl(n: int) -> float:
+    """log n - (n - 1)/n, in nats: KL(best of n || policy), whatever the reward; less where answers are equal.
+
+    Source: Stiennon et al. 2020, appendix G.3; as an upper bound Beirami et al. 2024.
+    """
+    if n < 1:
+        raise ValueError(f"n: must be at least 1, got {n}")
+    return math.log(n) - (n - 1) / n
+
+
+def expected_best(scores: Tensor, n: int) -> Tensor:
+    """The mean best of n [B] over all choices of n of the N tries whose scores [N, B] are known; float64.
+
+    sum_i C(i - 1, n - 1) s_(i) / C(N, n) with s_(1) <= … <= s_(N): unbiased, and steadier than the best of the first n.
+    Raises ValueError unless 1 <= n <= N.
+    Source: Nakano et al. 2021 (WebGPT), appendix I.
+    """
+    if not 1 <= n <= len(scores):
+        raise ValueError(f"n: must be from 1 to the {len(scores)} tries, got {n}")
+    chances = [math.comb(i, n - 1) / math.comb(len(scores), n) for i in range(len(scores))]
+    return (scores.double().sort(dim=0).values * torch.tensor(chances, dtype=torch.float64)[:, None]).sum(dim=0)

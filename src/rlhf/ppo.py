@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -43,10 +42,13 @@ from rlhf.registry import Artifact
 from rlhf.rewards import Reward
 from rlhf.rollout import Actors, Prompts, Rollout, collect, gather, rows_of
 from rlhf.training import (
+    COMPLETE,
     TrainingError,
     check_processes,
+    discard,
     is_main,
     keep_fitting,
+    keep_newest,
     load_splits,
     load_text,
     log_folder,
@@ -54,11 +56,12 @@ from rlhf.training import (
     needs_gloo,
     open_registry,
     optimizer_name,
+    pin_inputs,
     publish,
     push_published,
+    refuse_other_architecture,
     resolve,
     say,
-    step_of,
     synchronise,
     trackers,
     work_folder,
@@ -76,7 +79,7 @@ def run(args: PPOArgs) -> Artifact | None:
     sources = reward_sources(args, registry)
     critic_path, critic = critic_source(args, registry, sources, sft_path)
     parents = distinct(a for a in (sft, *(artifact for _, artifact in sources), critic) if a)
-    refuse_other_tokenizers(sft, parents)
+    refuse_other_tokenizers((sft_path, sft), [*sources, (critic_path, critic)], args.trust_remote_code)
     with work_folder(args, registry, "ppo") as (work, resume):
         make_optimizer = optimizer_factory(args)
         accelerator = make_accelerator(args, work)
@@ -86,6 +89,10 @@ def run(args: PPOArgs) -> Artifact | None:
         model, actors = load_models(args, accelerator, tokenizer, sft_path, sources, critic_path)
         prompts, held_out, data = load_prompts(args, tokenizer, actors)
         pretraining = load_pretraining(args, tokenizer, actors.policy, data)
+        models = {"sft_model_path": (sft_path, sft), "critic_path": (critic_path, critic)}
+        models |= {f"reward_model_path {i}": source for i, source in enumerate(sources, start=1)}
+        pin_inputs(work, resume, models, data, any_processes=True)
+        refuse_other_architecture(model, resume)
         trainer = PPO(args, accelerator, model, make_optimizer(model), actors, prompts, pretraining)
         before = held_out_answers(trainer, held_out)
         if resume is not None:
@@ -213,8 +220,7 @@ class PPO:
                 try:
                     rollout, line = self.step()
                 except RLHFError:
-                    state.bad_steps = 0
-                    self.save(work / f"checkpoint-{state.rollouts}")  # what was learned so far is not lost
+                    self.keep(work / f"checkpoint-{state.rollouts}")
                     raise
                 state.rollouts += 1
                 self.report(rollout, line, bar)
@@ -242,10 +248,9 @@ class PPO:
         """One rollout and what is learned from it."""
         args, state, clock = self.args, self.state, Clock()
         self.set_learning_rate()
-        rollout = self.collect(
-            prompt_batch(args.seed, state.rollouts, args.batch_size, len(self.prompts)), state.rollouts
-        )
-        clock.lap("rollout")
+        indices = prompt_batch(args.seed, state.rollouts, args.batch_size, len(self.prompts))
+        rollout = self.collect(indices, state.rollouts, clock.lap)
+        clock.laps["time/rollout"] = sum(clock.laps.values())
 
         scores = self.shape_scores(rollout)
         kl = objectives.kl_penalty(rollout.logp, rollout.logp_ref, args.kl_estimator)
@@ -283,18 +288,20 @@ class PPO:
             scores = scores.clamp(-self.args.clip_scores, self.args.clip_scores)
         return penalise_missing_eos(scores, rollout.ended, self.args)
 
-    def collect(self, indices: Sequence[int], step: int) -> Rollout:
+    def collect(self, indices: Sequence[int], step: int, lap: Callable[[str], None] = lambda phase: None) -> Rollout:
         """The rollout of these prompts, sampled by all processes together; every process gets the whole of it."""
-        return self.answer(self.prompts.select(indices), step)
+        return self.answer(self.prompts.select(indices), step, lap)
 
-    def answer(self, prompts: Prompts, step: int) -> Rollout:
+    def answer(self, prompts: Prompts, step: int, lap: Callable[[str], None] = lambda phase: None) -> Rollout:
         """One response to each prompt; its random numbers are keyed by (seed, step, place of the prompt)."""
         self.model.eval()
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         share = range(rank, len(prompts), processes)
         with self.engine.autocast():
-            mine = collect(self.actors, prompts.select(share), [(self.args.seed, step, i) for i in share])
-        return gather(mine, processes)
+            mine = collect(self.actors, prompts.select(share), [(self.args.seed, step, i) for i in share], lap)
+        whole = gather(mine, processes)
+        lap("gather")
+        return whole
 
     def update(self, rollout: Rollout, advantages: Tensor, returns: Tensor, minibatch: Tensor) -> dict[str, float]:
         """One optimiser step on the episodes `minibatch`: PPO and pretraining gradients in one buffer (InstructGPT C.4)."""
@@ -457,10 +464,17 @@ class PPO:
 
     # --- checkpoints
 
+    def keep(self, folder: Path) -> None:
+        """A checkpoint of a run that is about to end in an error, unless its last one is of this rollout anyway."""
+        self.state.bad_steps = 0
+        if not (folder / COMPLETE).is_file():
+            self.save(folder)
+        say(f"what was learned is in {folder}; go on from there with --resume_from_checkpoint latest")
+
     def save(self, folder: Path) -> None:
         """A checkpoint, its marker written last; the oldest go."""
         if is_main():
-            shutil.rmtree(folder, ignore_errors=True)
+            discard(folder)
         synchronise()
         self.accelerator.save_state(str(folder), safe_serialization=True)
         if self.average is not None and (is_main() or self.engine.sharded):
@@ -470,8 +484,7 @@ class PPO:
         synchronise()
         if is_main():
             mark_complete(folder)
-            for old in sorted(folder.parent.glob("checkpoint-*"), key=step_of)[: -self.args.save_total_limit]:
-                shutil.rmtree(old)
+            keep_newest(folder.parent, self.args.save_total_limit)
 
     def load(self, folder: Path) -> None:
         """Weights, optimiser, average and state of a checkpoint."""
@@ -586,7 +599,7 @@ def penalise_missing_eos(scores: Tensor, ended: Tensor, args: PPOArgs) -> Tensor
 
 
 class Clock:
-    """Seconds of each phase."""
+    """Seconds of each phase, those of one name together."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
@@ -594,7 +607,7 @@ class Clock:
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
-        self.laps[f"time/{name}"] = now - self._last
+        self.laps[f"time/{name}"] = self.laps.get(f"time/{name}", 0.0) + now - self._last
         self._last = now
 
 

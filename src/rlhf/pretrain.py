@@ -36,8 +36,10 @@ from rlhf.training import (
     held_out_or_none,
     load_splits,
     open_registry,
+    pin_inputs,
     publish,
     push_published,
+    refuse_other_architecture,
     saver,
     trainer_arguments,
     work_folder,
@@ -68,9 +70,12 @@ def run(args: PretrainArgs) -> Artifact | None:
             eval_dataset=held_out_or_none(training_args, held_out),
             processing_class=tokenizer,
             data_collator=default_data_collator,
-            callbacks=[MarkComplete()],
+            callbacks=[MarkComplete(args.save_total_limit)],
         )
         check_trainers_optimizer(trainer)
+        data = [fingerprint(text)]
+        pin_inputs(work, resume, {}, data)
+        refuse_other_architecture(model, resume)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         metrics = {"parameters": model.num_parameters(), "train_tokens": len(train) * args.block_size}
         metrics |= evaluate(trainer)
@@ -79,7 +84,7 @@ def run(args: PretrainArgs) -> Artifact | None:
             args,
             "base",
             saver(trainer.accelerator, trainer.model_wrapped, tokenizer),
-            data=[fingerprint(text)],
+            data=data,
             metrics=metrics,
             history=trainer.state.log_history,
         )

@@ -60,8 +60,10 @@ from rlhf.training import (
     keep_fitting,
     load_splits,
     open_registry,
+    pin_inputs,
     publish,
     push_published,
+    refuse_other_architecture,
     resolve,
     saver,
     trainer_arguments,
@@ -97,6 +99,9 @@ def run(args: RewardArgs) -> Artifact | None:
         demonstrations = demonstration_rows(args, tokenizer, comparisons, limit)
         trainer = new_trainer(args, training_args, model, tokenizer, train, evaluation)
         check_trainers_optimizer(trainer)
+        data = [fingerprint(comparisons)]
+        pin_inputs(work, resume, {"model_name_or_path": (path, sft)}, data)
+        refuse_other_architecture(model, resume)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         heads = mean_of_heads(trainer)
         metrics: dict[str, Any] = {"comparisons": len(train)}
@@ -117,7 +122,7 @@ def run(args: RewardArgs) -> Artifact | None:
             partial(_save, save, ensemble, report),
             parents=[sft] if sft else [],
             base_model=None if sft else path,
-            data=[fingerprint(comparisons)],
+            data=data,
             metrics=metrics,
             history=trainer.state.log_history,
             extra={"samples": report["examples"]} if report is not None else None,
@@ -175,7 +180,7 @@ def new_trainer(
             f"margin_scale is {args.margin_scale:g}, and {args.dataset_name} has comparisons without `ratings`; give each "
             "completion a grade (docs/reward.md), or set margin_scale to 0"
         )
-    callbacks: list[Any] = [MarkComplete()]
+    callbacks: list[Any] = [MarkComplete(args.save_total_limit)]
     if args.early_stopping_patience is not None:
         if not len(evaluation):
             raise TrainingError(

@@ -58,6 +58,12 @@ def model_reward(name: str, weight: float, model: Any, pad_token_id: int, batch_
         for batch in batches([len(row) for row in rows], batch_size):
             ids, mask = (tensor.to(model.device) for tensor in pad([rows[i] for i in batch], pad_token_id))
             result[torch.tensor(batch)] = scalar_scores(model, ids, mask).float().cpu()
+        if not torch.isfinite(result).all():
+            worst = float(result[~torch.isfinite(result)][0])
+            raise RewardError(
+                f"reward model {name} scored a response {worst}: its weights, or its dtype, cannot be right; check them with "
+                "`rlhf eval`, or set dtype to float32"
+            )
         return result
 
     return Reward(name, weight, score, model)
@@ -71,8 +77,7 @@ def function_reward(reference: str, weight: float) -> Reward:
         try:
             values = function(list(episodes.prompt_texts), list(episodes.completions), **episodes.columns)
         except Exception as error:  # whatever a user's function raises is the user's to read, in one line
-            where = _innermost(error)
-            raise RewardError(f"reward function {reference} raised {type(error).__name__}: {error}{where}") from error
+            raise RewardError(f"reward function {reference} raised {_in_one_line(error)}") from error
         return torch.tensor(_checked(values, len(episodes), reference))
 
     return Reward(reference.partition(":")[2], weight, score)
@@ -87,7 +92,11 @@ def find_function(reference: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise RewardError(
-            f"reward function {reference}: cannot import {module_name} ({error}); check PYTHONPATH"
+            f"reward function {reference}: cannot import {module_name} ({' '.join(str(error).split())}); check PYTHONPATH"
+        ) from error
+    except Exception as error:  # a module runs when it is imported, and may do anything
+        raise RewardError(
+            f"reward function {reference}: importing {module_name} raised {_in_one_line(error)}"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -95,11 +104,13 @@ def find_function(reference: str) -> Callable[..., Any]:
     return function
 
 
-def _innermost(error: BaseException) -> str:
+def _in_one_line(error: BaseException) -> str:
+    """What was raised, its text without line breaks, and the innermost place where."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})" if trace is not None else ""
+    where = f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})" if trace is not None else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
 
 
 def _checked(values: Any, count: int, reference: str) -> list[float]:
@@ -113,9 +124,13 @@ def _checked(values: Any, count: int, reference: str) -> list[float]:
         raise RewardError(f"reward function {reference} returned {len(values)} rewards for {count} completions")
     numbers = []
     for i, value in enumerate(values):
-        if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
-            raise RewardError(f"reward function {reference} returned {value!r} for completion {i}, which is no number")
-        number = float(value)
+        try:
+            number = float("" if isinstance(value, (str, bytes)) else value)
+        except (TypeError, ValueError, OverflowError):  # None, a list, an array of several, 10 ** 400 …
+            told = " ".join(repr(value).split())[:80]
+            raise RewardError(
+                f"reward function {reference} returned {told} for completion {i}, which is no number"
+            ) from None
         if not math.isfinite(number):
             raise RewardError(
                 f"reward function {reference} returned {number} for completion {i}; rewards must be finite"

@@ -18,11 +18,16 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from rlhf import RLHFError
 from rlhf.data.encode import batches, decode_completions, pad
 from rlhf.decoding import Decoder, can_preallocate
 from rlhf.engine import together
 from rlhf.models import accepts, eagerly, logprobs_at, values_at
 from rlhf.rewards import Episodes, Reward, weighted
+
+
+class NotFinite(RLHFError, ValueError):
+    """A model gave numbers of a rollout that are infinite or not a number."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +66,14 @@ class Rollout:
         for name, shape in expected.items():
             if getattr(self, name).shape != shape:
                 raise ValueError(f"{name}: shape {tuple(getattr(self, name).shape)}, expected {tuple(shape)}")
-        for name in ("logp", "logp_ref", "values"):
+        for name, model in (("logp", "policy"), ("logp_ref", "reference"), ("values", "critic")):
             if not torch.isfinite(getattr(self, name)[self.mask]).all():
-                raise ValueError(f"{name}: not finite on a real token")
+                raise NotFinite(
+                    f"{name}: not finite on a real token, so that nothing can be learned from this rollout: the {model}'s "
+                    "weights or their dtype are out of range. Try dtype float32, a lower learning rate, or an earlier checkpoint"
+                )
         if not torch.isfinite(self.scores).all():
-            raise ValueError("scores: not finite")
+            raise NotFinite("scores: not finite, so that nothing can be learned from this rollout; look at the rewards")
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -321,11 +329,16 @@ class Prompts:
 
 
 @torch.no_grad()
-def collect(actors: Actors, prompts: Prompts, keys: Sequence[tuple[int, int, int]]) -> Rollout:
+def collect(
+    actors: Actors,
+    prompts: Prompts,
+    keys: Sequence[tuple[int, int, int]],
+    lap: Callable[[str], None] = lambda phase: None,
+) -> Rollout:
     """Samples a response to each of this process's prompts, and runs policy, rewards, reference and critic over them.
 
-    One model is whole at a time, the policy from its first token to its log-probabilities: weights that are spread over the
-    processes are gathered once a rollout.
+    lap is told the name of each phase at its end. One model is whole at a time, the policy from its first token to its
+    log-probabilities: weights that are spread over the processes are gathered once a rollout.
     """
     with actors.whole(actors.policy):
         responses, ended = sample_responses(
@@ -338,7 +351,10 @@ def collect(actors: Actors, prompts: Prompts, keys: Sequence[tuple[int, int, int
             tokenizer=actors.tokenizer,
             banned=actors.banned,
         )
-        rollout = evaluate_responses(actors, unscored(actors, prompts, responses, ended), ("logp",))
+        lap("generation")
+        rollout = unscored(actors, prompts, responses, ended)
+        rollout = together(lambda: evaluate_responses(actors, rollout, ("logp",)))
+    lap("forwards")
     completions = decode_completions(actors.tokenizer, responses)
     episodes = Episodes(prompts.ids, responses, prompts.texts, completions, prompts.columns)
     columns = []
@@ -347,10 +363,13 @@ def collect(actors: Actors, prompts: Prompts, keys: Sequence[tuple[int, int, int
             columns.append(together(lambda reward=reward: reward.score(episodes)))  # type: ignore[misc]
     rewards = torch.stack(columns, dim=1)
     rollout = replace(rollout, rewards=rewards, scores=weighted(actors.rewards, rewards))
+    lap("rewards")
     with actors.whole(actors.reference):
-        rollout = evaluate_responses(actors, rollout, ("logp_ref",))
+        rollout = together(lambda: evaluate_responses(actors, rollout, ("logp_ref",)))
     with actors.whole(actors.critic):
-        return evaluate_responses(actors, rollout, ("values",))
+        rollout = together(lambda: evaluate_responses(actors, rollout, ("values",)))
+    lap("forwards")
+    return rollout
 
 
 def unscored(actors: Actors, prompts: Prompts, responses: Sequence[Sequence[int]], ended: Sequence[bool]) -> Rollout:

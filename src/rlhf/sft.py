@@ -48,8 +48,10 @@ from rlhf.training import (
     load_splits,
     load_text,
     open_registry,
+    pin_inputs,
     publish,
     push_published,
+    refuse_other_architecture,
     resolve,
     saver,
     synchronise,
@@ -96,13 +98,15 @@ def run(args: SFTArgs) -> Artifact | None:
                 train_dataset=train,
                 eval_dataset=evaluation,
                 processing_class=tokenizer,
-                callbacks=[MarkComplete()],
+                callbacks=[MarkComplete(args.save_total_limit)],
             )
         check_trainers_optimizer(trainer)
-        chooser = choose_by_reward(args, registry, work, tokenizer, held_out, base)
+        chooser, judge = choose_by_reward(args, registry, work, tokenizer, held_out)
         if chooser is not None:
             chooser.trainer = trainer
             trainer.add_callback(chooser)
+        pin_inputs(work, resume, {"model_name_or_path": (path, base)} | judge, data)
+        refuse_other_architecture(model, resume)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         metrics: dict[str, Any] = {"demonstrations": len(demonstrations), "training_examples": len(train)}
         if chooser is not None:
@@ -181,6 +185,12 @@ class ChooseByReward(TrainerCallback):
         self.args, self.folder, self.tokenizer, self.prompts, self.reward = args, folder, tokenizer, prompts, reward
         self.trainer: Any = None
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A run that was killed between the checkpoint of an epoch's last step and its score still has to score it."""
+        scored = any("eval_reward" in line and line["step"] == state.global_step for line in state.log_history)
+        if state.global_step and float(state.epoch or 0).is_integer() and not scored:
+            self.on_epoch_end(args, state, control, **kwargs)
+
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         training, _ = model.training, model.eval()
         with whole(self.trainer.model_wrapped, model):
@@ -216,20 +226,22 @@ class ChooseByReward(TrainerCallback):
 
 
 def choose_by_reward(
-    args: SFTArgs, registry: Registry, work: Path, tokenizer: Any, held_out: Dataset, base: Artifact | None
-) -> ChooseByReward | None:
-    """The callback that chooses the epoch, where a reward model is given."""
+    args: SFTArgs, registry: Registry, work: Path, tokenizer: Any, held_out: Dataset
+) -> tuple[ChooseByReward | None, dict[str, tuple[str, Artifact | None]]]:
+    """The callback that chooses the epoch, and the reward model that it asks; nothing where none is given."""
     if args.reward_model_path is None:
-        return None
+        return None, {}
     path, artifact = resolve(registry, args.reward_model_path, args.run_name, "rm")
     theirs = load_tokenizer(path)
     if theirs.get_vocab() != tokenizer.get_vocab():
         raise TrainingError(
             f"{artifact.ref if artifact else path} has another tokenizer than the model; it cannot choose"
         )
-    return ChooseByReward(
-        args, work / "best", tokenizer, held_out["prompt"][:], load_scalar_model(path, tokenizer).eval()
-    )
+    if not len(held_out):
+        raise TrainingError("reward_model_path chooses by held-out prompts and there are none; raise eval_fraction")
+    reward = load_scalar_model(path, tokenizer).eval()
+    chooser = ChooseByReward(args, work / "best", tokenizer, held_out["prompt"][:], reward)
+    return chooser, {"reward_model_path": (path, artifact)}
 
 
 def sample_answers(args: SFTArgs, trainer: Any, tokenizer: Any, prompts: Sequence[Any]) -> list[dict[str, Any]]:

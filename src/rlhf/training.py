@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
@@ -41,7 +42,6 @@ FREE_CHOICES = {
     "report_to",
     "disable_tqdm",
     "logging_steps",
-    "save_total_limit",
     "output_dir",
     "push_to_hub",
     "hub_model_id",
@@ -49,6 +49,13 @@ FREE_CHOICES = {
     "license",
     "dataset_license",
 }
+INPUTS = "inputs.json"  # what the run is trained from, beside its checkpoints
+MODEL_PATHS = {
+    "model_name_or_path",
+    "sft_model_path",
+    "reward_model_path",
+    "critic_path",
+}  # INPUTS knows what they stood for
 
 
 USERS_LOG_FOLDER = os.environ.get("TENSORBOARD_LOGGING_DIR")  # before a stage of this process set it for itself
@@ -140,6 +147,7 @@ def trainer_arguments(
         "eval_steps": args.eval_steps,
         "save_strategy": "no" if args.save_steps is None else "steps",
         "save_steps": args.save_steps or 500,
+        "save_total_limit": None,  # MarkComplete removes them: Trainer would before the new one is marked
         "ddp_backend": "gloo" if needs_gloo() else None,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "restore_callback_states_from_checkpoint": False,
@@ -400,7 +408,16 @@ def _refuse_changed_settings(args: StageArgs, folder: Path) -> None:
             f"cannot resume from {folder}: its config.json cannot be read ({error}); start anew without "
             "--resume_from_checkpoint"
         ) from None
-    changed = [f"{key} ({before.get(key)!r} -> {now.get(key)!r})" for key in now if before.get(key) != now.get(key)]
+    if before.keys() != now.keys():
+        some = ", ".join(sorted(before.keys() ^ now.keys())[:3])
+        raise TrainingError(
+            f"cannot resume from {folder}: another stage, or another version of rlhf, wrote it (settings that one of them has "
+            f"only: {some} …); start anew without --resume_from_checkpoint"
+        )
+    known = MODEL_PATHS if (folder / INPUTS).is_file() else set()
+    changed = [
+        f"{key} ({before[key]!r} -> {now[key]!r})" for key in now if key not in known and before[key] != now[key]
+    ]
     if changed:
         raise TrainingError(
             f"cannot resume from {folder} with other settings: {', '.join(changed)}; set them back, or start anew without "
@@ -408,13 +425,85 @@ def _refuse_changed_settings(args: StageArgs, folder: Path) -> None:
         )
 
 
+def pin_inputs(
+    work: Path,
+    resume: Path | None,
+    models: Mapping[str, tuple[str, Artifact | None]],
+    data: Sequence[dict[str, Any]],
+    *,
+    any_processes: bool = False,
+) -> None:
+    """Writes down what a run is trained from, and refuses to resume it from anything else: a newer version, other records.
+
+    models: by the option that names them, where they were loaded from and the version that is; data: fingerprints.
+    any_processes: the number of processes changes nothing; DeepSpeed's checkpoints can be read by as many as wrote them only.
+    """
+    now = {name: f"{a.ref} {a.weights_sha256[:12]}" if a else path for name, (path, a) in models.items()}
+    state = PartialState()
+    deepspeed = state.distributed_type == DistributedType.DEEPSPEED
+    now["launch"] = "under DeepSpeed" if deepspeed else "whole weights"
+    if deepspeed or not any_processes:
+        now["launch"] += f" on {state.num_processes} processes"
+    for found in data:
+        now[f"{found['kind']} of {found['name']}"] = f"{found['records']} records {found['sha256'][:12]}"
+    if resume is None:
+        if is_main():
+            (work / INPUTS).write_text(json.dumps(now, indent=1), encoding="utf-8")
+        return
+    if not (work / INPUTS).is_file():
+        return  # of an rlhf that did not write it: the paths of models have been compared as settings
+    try:
+        before = json.loads((work / INPUTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrainingError(
+            f"cannot resume from {resume}: its {INPUTS} cannot be read ({error}); start anew without --resume_from_checkpoint"
+        ) from None
+    names = [
+        name for name in [*now, *(name for name in before if name not in now)] if before.get(name) != now.get(name)
+    ]
+    if names:
+        told = ", ".join(f"{name} ({before.get(name, 'none')} -> {now.get(name, 'none')})" for name in names)
+        raise TrainingError(
+            f"cannot resume from {resume}, which was trained from something else: {told}; give what it was trained from, or "
+            "start anew without --resume_from_checkpoint"
+        )
+
+
+def refuse_other_architecture(model: Any, checkpoint: Path | None) -> None:
+    """Refuses a checkpoint whose weights are not those of `model`; one whose weights DeepSpeed keeps is left to DeepSpeed."""
+    if checkpoint is None:
+        return
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    ours = {name.replace("_orig_mod.", ""): list(getattr(t, "ds_shape", t.shape)) for name, t in tensors}
+    for path in sorted(checkpoint.glob("model*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                theirs = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # no mapping
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(
+                f"cannot resume from {checkpoint}: {path.name} cannot be read ({error}); take an earlier checkpoint"
+            ) from None
+        for name, shape in theirs.items():
+            here = ours.get(name.replace("_orig_mod.", ""))
+            if here != list(shape):
+                raise TrainingError(
+                    f"cannot resume from {checkpoint}: its weights are of another model ({name} has shape {list(shape)} "
+                    f"there and {here or 'is not'} here); give the model that it was trained from, or start anew"
+                )
+
+
 class MarkComplete(TrainerCallback):
-    """Marks a Trainer's checkpoint once every process has written its part of it."""
+    """Marks a Trainer's checkpoint once every process has written its part of it; then the oldest go."""
+
+    def __init__(self, keep: int = 2):
+        self.keep = keep
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         synchronise()
         if state.is_world_process_zero:
-            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            work = Path(args.output_dir)
+            mark_complete(work / f"checkpoint-{state.global_step}")
+            keep_newest(work, self.keep, best=state.best_model_checkpoint)
 
 
 def mark_complete(checkpoint: Path) -> None:
@@ -425,6 +514,25 @@ def mark_complete(checkpoint: Path) -> None:
     marker = checkpoint / COMPLETE
     marker.touch()
     _fsync(marker)
+
+
+def keep_newest(work: Path, count: int, best: str | None = None) -> None:
+    """Removes the complete checkpoints of `work` but for the newest `count` and `best`, and torn ones before the newest.
+
+    Torn ones do not count, or a kill in the middle of a save could leave nothing to resume from.
+    """
+    found = sorted(work.glob("checkpoint-*"), key=step_of)
+    complete = [path for path in found if (path / COMPLETE).is_file()]
+    kept = set(complete[-count:])
+    for path in found:
+        if path not in kept and path.name != Path(best or "").name and step_of(path) < step_of(complete[-1]):
+            discard(path)
+
+
+def discard(checkpoint: Path) -> None:
+    """Removes a checkpoint, its marker first: a kill in between must not leave one that looks complete."""
+    (checkpoint / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:
