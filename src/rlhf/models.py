@@ -110,8 +110,8 @@ def load_scalar_model(
     """A model with one number a position: `score(last hidden state)`, by transformers' sequence-classification classes.
 
     new_head: the checkpoint is a causal LM, whose unembedding is replaced by a head with weight N(0, 1/sqrt(d + 1)) (Stiennon et
-    al. 2020; InstructGPT C.2). Otherwise the checkpoint must bring its head. Dropout is off: a reward has one value; resid_pdrop is
-    the residual dropout in training mode, of which the config, and so what is published, knows nothing. peft, trainable, bases: as
+    al. 2020; InstructGPT C.2). Otherwise the checkpoint must bring its head. Dropout is off: a reward has one value. resid_pdrop:
+    the residual dropout in training mode, which the config, and so a published version, does not have. peft, trainable, bases: as
     of load_policy; head and last norm are trained whole beside an adapter.
     """
     start = start_of(path)
