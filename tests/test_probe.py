@@ -57,9 +57,9 @@ def test_texts_of_cases_are_no_markup(capsys):
     kind = {"level": "word", "effect": "worse", "cases": 1, "gains": 1.0, "gains_ci95": [0.5, 1.0], "mean_change": 2.0}
     worst = {"prompt": "[INST] Q [/INST]", "preferred": "a", "perturbed": "[/a] b", "reward": 0.0}
     kind["worst"] = [{**worst, "reward_perturbed": 2.0, "other": "c", "reward_other": 0.0, "flips": False}]
-    probe.print_probe({"version": "r/rm/v1", "data": "[/x].jsonl", "perturbations": {"word order": kind}}, 5)
+    probe.print_probe({"version": "r/rm/v1", "data": "[bold].jsonl", "perturbations": {"word order": kind}}, 5)
     told = capsys.readouterr().out
-    assert "[INST] Q [/INST]" in told and "[/a] b" in told and "[/x].jsonl" in told
+    assert "[INST] Q [/INST]" in told and "[/a] b" in told and "[bold].jsonl" in told
 
 
 def test_flips_and_gains_by_hand():

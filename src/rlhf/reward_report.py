@@ -604,10 +604,8 @@ def _facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             f"std of a margin {shown(found['std_of_margin'])}; accuracy each {each}",
         )
         if "mean" in found:
-            yield (
-                "mean of the versions",
-                f"accuracy {shown(found['mean']['accuracy'])} {interval(found['mean']['accuracy_ci95'])}",
-            )
+            mean = found["mean"]
+            yield "their mean reward", f"accuracy {shown(mean['accuracy'])} {interval(mean['accuracy_ci95'])}"
         for name in ("half that they agree on more", "half that they agree on less"):
             if name in found:
                 yield name, f"accuracy {shown(found[name]['accuracy'])} {interval(found[name]['accuracy_ci95'])}"
