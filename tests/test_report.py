@@ -62,8 +62,8 @@ def test_the_page_shows_the_run_and_needs_nothing_beside_it(run, capsys):
     )
     assert all(base64.b64decode(image.partition(",")[2]).startswith(b"\x89PNG") for image in page.images)
     assert (
-        len(page.images) == 3 + 4
-    )  # training curves of three stages, and the four figures of the reward model's report
+        len(page.images) == 3 + 5
+    )  # training curves of three stages, and the five figures of the reward model's report
     for stage, artifact in ((stage, run.require(stage, "tiny")) for stage in ("base", "sft", "rm", "ppo")):
         assert f"{artifact.ref}: {card.TITLES[stage].split(' (')[0]}" in text and artifact.weights_sha256 in text
     metrics = run.require("ppo", "tiny").manifest["metrics"]

@@ -293,9 +293,9 @@ def test_neither_length_nor_a_bag_of_words_can_stand_in_for_the_judge():
 
 
 def spoil(rng: random.Random, prompt: str, answer: str) -> str:
-    """About what an SFT model samples: a third bad, mostly not very bad; half with a small fault; a fifth best."""
+    """About what an SFT model samples: a quarter bad, mostly not very bad; most with a small fault; a fifth best."""
     chance = rng.random()
-    if chance < 0.33:
+    if chance < 0.25:
         tries = [corrupt(prompt, answer, rng)[0] for _ in range(3)]
         return max(tries, key=lambda spoilt: judge(prompt, spoilt).utility)
     return blemish(prompt, answer, rng) if chance < 0.82 else answer
