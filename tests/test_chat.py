@@ -139,14 +139,17 @@ def test_through_a_pipe_and_at_a_terminal(root):
     """As a user would: the same answers; at a terminal a question that is too long ends nothing."""
     command = [sys.executable, "-m", "rlhf.cli", "chat", "tiny/sft", "--root", str(root), *GREEDY]
     environment = {**tiny.environment(), "TERM": "dumb"}
-    piped = subprocess.run(command, input=b"feed\n", capture_output=True, env=environment, timeout=120, check=True)
+    piped = subprocess.run(command, input=b"feed\n", capture_output=True, env=environment, timeout=300, check=True)
     assert piped.stderr == b"" and piped.stdout.decode() == greedy(artifact(root), [user("feed")]) + "\n"
     if not hasattr(os, "openpty"):
         return
     reader, writer = os.openpty()
     process = subprocess.Popen(command, stdin=writer, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
-    os.write(reader, b"/new\n" + b"mill " * 200 + b"\nfeed\n/quit\n")
-    out, err = process.communicate(timeout=120)
+    try:
+        os.write(reader, b"/new\n" + b"mill " * 200 + b"\nfeed\n/quit\n")
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
     os.close(writer), os.close(reader)
     assert process.returncode == 0 and b"ask a shorter one" in err and b"Traceback" not in err
     assert piped.stdout.decode().strip() in out.decode().replace("\r\n", "\n")
