@@ -201,8 +201,9 @@ def test_versions_of_other_seeds_are_an_ensemble(trained, capsys, monkeypatch):
     """Trained alike but for the seed: the mean of their rewards, how far apart they are, and each one's accuracy."""
     monkeypatch.setenv("COLUMNS", "160")
     settings = {"max_steps": 20, "learning_rate": 3e-3, "eval_fraction": 0.3, "logging_steps": 40}
+    records = [json.loads(line) for line in (trained / "comparisons.jsonl").read_text().splitlines()]
     for seed in (7, 8):
-        reward.run(tiny.reward_args(trained, tiny.comparisons(60), run_name="tiny", seed=seed, **settings))
+        reward.run(tiny.reward_args(trained, records, run_name="tiny", seed=seed, **settings))
     registry = Registry(trained / "runs")
     one, other = (registry.get(f"tiny/rm/v{version}") for version in (2, 3))
     assert run(trained, "eval", one.ref, "--members", other.ref) == 0
