@@ -371,7 +371,8 @@ def test_adapters_learn_what_a_rule_rewards(tmp_path, checkpoints):
         learning_rate=1e-2,
         use_peft=True,
         lora_target_modules=["all-linear"],
-        **RULE | {"total_episodes": 64 * 24},  # an adapter takes longer to find the letter, and how long depends on the CPU
+        **RULE
+        | {"total_episodes": 64 * 24},  # an adapter takes longer to find the letter, and how long depends on the CPU
     )
     history = tiny.history(ppo.run(args))
     start, end = history[0]["objective/scores"], history[-1]["objective/scores"]

