@@ -23,63 +23,77 @@ def watched_run(
     demo: Demo, rollouts: int, every: int, count: int, more: list[str]
 ) -> tuple[list[dict[str, float]], Any]:
     """One row for each look at the policy: rollouts done, KL, the reward model's score, the judge's utility; and the recipe."""
-    from rlhf import config, ppo
-    from rlhf.actors import load_models, reward_sources
-    from rlhf.data.encode import decode_completions, encode_prompts
-    from rlhf.evaluation import win_rate
-    from rlhf.models import load_tokenizer
-    from rlhf.registry import Registry
+    from rlhf import config
+    from rlhf.data.encode import encode_prompts
     from rlhf.rollout import Prompts
 
     argv = ["--config", str(config.demo_config("ppo")), "--output_dir", str(demo.root), "--run_name", demo.run]
     argv += ["--seed", str(demo.seed), *data_arguments("ppo", demo.data), *more]
     recipe = config.parse("ppo", argv)
-    args = replace(recipe, total_episodes=rollouts * recipe.batch_size, early_stop=False)
-    registry = Registry(demo.root)
-    sft, sources = str(registry.require("sft", demo.run).path), reward_sources(args, registry)
-    make_optimizer = ppo.optimizer_factory(args)
-    with tempfile.TemporaryDirectory() as work:
-        accelerator = ppo.make_accelerator(args, Path(work))
-        tokenizer = load_tokenizer(sft)
-        model, actors = load_models(args, accelerator, tokenizer, sft, sources, sources[0][0])
-        prompts, _, data = ppo.load_prompts(args, tokenizer, actors)
-        text = ppo.load_pretraining(args, tokenizer, actors.policy, data)
-        trainer = ppo.PPO(args, accelerator, model, make_optimizer(model), actors, prompts, text)
+    trainer = new_trainer(replace(recipe, total_episodes=rollouts * recipe.batch_size, early_stop=False))
     texts = [record["prompt"] for record in read(demo.data / "eval_prompts.jsonl")[:count]]
-    held_out = Prompts(encode_prompts(tokenizer, texts), texts)
-    rows, before = [], None
+    held_out = Prompts(encode_prompts(trainer.actors.tokenizer, texts), texts)
+    rows: list[dict[str, float]] = []
+    before: list[float] = []
     while True:
         if trainer.state.rollouts % every == 0:
-            found = trainer.answer(held_out, ppo.HELD_OUT)
-            answers = decode_completions(tokenizer, [r[m].tolist() for r, m in zip(found.responses, found.mask)])
-            utility = [judge(prompt, answer).utility for prompt, answer in zip(texts, answers)]
+            row, utility = look(trainer, held_out, before)
             before = before or utility
-            rows.append(
-                {
-                    "rollouts": trainer.state.rollouts,
-                    "kl": float(found.kl.mean()),
-                    "reward": float(found.scores.mean()),
-                    "utility": sum(utility) / len(utility),
-                    "win_rate": win_rate(utility, before)["win_rate"],
-                    "length": float(found.mask.sum(dim=1).float().mean()),
-                }
-            )
-            print("  ".join(f"{name} {value:.3f}" for name, value in rows[-1].items()), flush=True)
+            rows.append(row)
+            print("  ".join(f"{name} {value:.3f}" for name, value in row.items()), flush=True)
         if trainer.state.rollouts >= rollouts:
             return rows, recipe
         trainer.step()
         trainer.state.rollouts += 1
 
 
+def new_trainer(args: Any) -> Any:
+    """PPO from the run's SFT and reward model, at its first rollout."""
+    from rlhf import ppo
+    from rlhf.actors import load_models, reward_sources
+    from rlhf.models import load_tokenizer
+    from rlhf.registry import Registry
+
+    registry = Registry(args.output_dir)
+    sft, sources = str(registry.require("sft", args.run_name).path), reward_sources(args, registry)
+    make_optimizer = ppo.optimizer_factory(args)
+    with tempfile.TemporaryDirectory() as work:
+        accelerator = ppo.make_accelerator(args, Path(work))
+    tokenizer = load_tokenizer(sft)
+    model, actors = load_models(args, accelerator, tokenizer, sft, sources, sources[0][0])
+    prompts, _, data = ppo.load_prompts(args, tokenizer, actors)
+    text = ppo.load_pretraining(args, tokenizer, actors.policy, data)
+    return ppo.PPO(args, accelerator, model, make_optimizer(model), actors, prompts, text)
+
+
+def look(trainer: Any, held_out: Any, before: list[float]) -> tuple[dict[str, float], list[float]]:
+    """The figures of the policy's answers to held-out prompts, and each answer's utility; `before`: of the first look."""
+    from rlhf.data.encode import decode_completions
+    from rlhf.evaluation import win_rate
+    from rlhf.ppo import HELD_OUT
+
+    found = trainer.answer(held_out, HELD_OUT)
+    tokens = [response[mask].tolist() for response, mask in zip(found.responses, found.mask)]
+    answers = decode_completions(trainer.actors.tokenizer, tokens)
+    utility = [judge(prompt, answer).utility for prompt, answer in zip(held_out.texts, answers)]
+    row = {
+        "rollouts": trainer.state.rollouts,
+        "kl": float(found.kl.mean()),
+        "reward": float(found.scores.mean()),
+        "utility": sum(utility) / len(utility),
+        "win_rate": win_rate(utility, before or utility)["win_rate"],
+        "length": float(found.mask.sum(dim=1).float().mean()),
+    }
+    return row, utility
+
+
 def draw(rows: list[dict[str, float]], budget: float | None, path: Path) -> None:
     """Reward, judge and KL over the rollouts, side by side; a line where the KL passes the recipe's budget."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     stop = next((row["rollouts"] for row in rows if budget is not None and row["kl"] > budget), None)
-    figure, axes = pyplot.subplots(1, 3, figsize=(10.5, 2.9), layout="constrained")
+    figure = Figure(figsize=(10.5, 2.9), layout="constrained")
+    axes = figure.subplots(1, 3)
     titles = {"reward": "reward model's score", "utility": "judge's utility", "kl": "KL to SFT, nats a response"}
     for axis, (name, title), colour in zip(axes, titles.items(), ("tab:blue", "tab:green", "tab:red")):
         axis.plot([r["rollouts"] for r in rows], [r[name] for r in rows], color=colour, linewidth=2)
@@ -94,7 +108,6 @@ def draw(rows: list[dict[str, float]], budget: float | None, path: Path) -> None
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def main() -> None:
@@ -105,7 +118,9 @@ def main() -> None:
     parser.add_argument("--rollouts", type=int, default=60)
     parser.add_argument("--every", type=int, default=2, help="rollouts between two looks")
     parser.add_argument("--prompts", type=int, default=500, help="held-out prompts")
-    parser.add_argument("--out", type=Path, help="figure; default: curve.png in the run's folder")
+    parser.add_argument(
+        "--out", type=Path, help="figure, and beside it its points as .json; default: curve.png in the run's folder"
+    )
     args, more = parser.parse_known_args()
     from rlhf.cli import silence_libraries
 

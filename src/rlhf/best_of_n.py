@@ -95,10 +95,8 @@ def measure(artifact: Artifact, start: Source, judge: Source, options: argparse.
     tokenizer = load_tokenizer(start[0], trust_remote_code=args.trust_remote_code)
     reference = load_policy(start[0], tokenizer, **how).eval().to(device)
     reward = load_scalar_model(judge[0], tokenizer, **how).eval().to(device)
-    length, prompts = (
-        options.response_length or args.response_length,
-        prompts_of(artifact, options.data, options.max_prompts),
-    )
+    length = options.response_length or args.response_length
+    prompts = prompts_of(artifact, options.data, options.max_prompts)
     room = max(0, (context_length(reference) or sys.maxsize) - length)
     fits = [len(row) <= room for row in encode_prompts(tokenizer, prompts)]
     prompts = [prompts[i] for i in keep_fitting("prompts", fits, room)]

@@ -50,12 +50,8 @@ FREE_CHOICES = {
     "dataset_license",
 }
 INPUTS = "inputs.json"  # what the run is trained from, beside its checkpoints
-MODEL_PATHS = {
-    "model_name_or_path",
-    "sft_model_path",
-    "reward_model_path",
-    "critic_path",
-}  # INPUTS knows what they stood for
+# INPUTS knows what these stood for, which is what counts.
+MODEL_PATHS = {"model_name_or_path", "sft_model_path", "reward_model_path", "critic_path"}
 
 
 USERS_LOG_FOLDER = os.environ.get("TENSORBOARD_LOGGING_DIR")  # before a stage of this process set it for itself
