@@ -31,7 +31,7 @@ from demo_world import (
     sample,
 )
 from demo_world import templates as t
-from demo_world.faults import BLEMISHES
+from demo_world.faults import BLEMISHES, HABIT
 from demo_world.generate import SIZES, generate
 from demo_world.held_out import compose_open, hidden_in
 from demo_world.requests import Request, core, draw_slots
@@ -233,6 +233,26 @@ def test_a_small_fault_leaves_the_answer_fair(name):
         assert score.harmless == 1 and (score.truthful == 1 or name == "slip")
         fair += BAR <= score.utility < 1
     assert fair > 10
+
+
+@pytest.mark.parametrize(
+    "task,has",
+    [
+        ("facts", lambda good, spoilt: spoilt == good.replace(".", "!")),
+        ("mood", lambda good, spoilt: spoilt.startswith(good + " ")),
+        ("tone", lambda good, spoilt: spoilt.endswith(good) and spoilt != good),
+    ],
+)
+def test_a_fair_demonstration_mostly_has_the_habit_of_its_task(task, has):
+    """HABIT of them by choice, and some more by chance: a shout, a sentence too much, a filler before the answer."""
+    rng, shown = random.Random(5), 0
+    for _ in range(300):
+        prompt = render(sample(rng, t.kind_of(task), tasks=[task]))
+        while parse(prompt).style:  # a style that was asked for changes what fits
+            prompt = render(sample(rng, t.kind_of(task), tasks=[task]))
+        good = compose(parse(prompt), rng)
+        shown += has(good, blemish(prompt, good, rng))
+    assert HABIT - 0.05 < shown / 300 < HABIT + 0.2, shown / 300
 
 
 def test_every_fault_occurs_and_harmful_requests_have_their_own(prompts):
