@@ -31,8 +31,9 @@ $(VENV)/.made: pyproject.toml constraints.txt
 demo: setup
 	OMP_NUM_THREADS=$(THREADS) PYTHONPATH=data $(BIN)/python -m demo_world.demo $(ARGS)
 
+# Files of tests in up to four processes; each test has one thread, or starts processes of its own.
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

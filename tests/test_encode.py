@@ -5,6 +5,7 @@ import torch
 from conftest import EOS, PAD, byte_level
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from rlhf.data import DataError, encode
 from rlhf.data.encode import (
@@ -128,6 +129,18 @@ def test_the_shipped_template(tokenizer):
     (ids,) = encode_prompts(tokenizer, [conversation])
     assert ids.count(tokenizer.eos_token_id) == 1  # the earlier answer ends as the next one will
     assert tokenizer.decode(ids) == format_prompt(conversation, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "opt_tokenizer", "bert"])
+def test_plain_transformers_writes_our_tokens_by_the_template_that_is_published(name, request, tmp_path):
+    own = request.getfixturevalue(name)
+    own.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    loaded.save_pretrained(tmp_path / "published")
+    published = AutoTokenizer.from_pretrained(tmp_path / "published")
+    conversation = [*user("a"), {"role": "assistant", "content": "b"}, *user("c")]
+    ids = published.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+    assert [ids] == encode_prompts(own, [conversation]) == encode_prompts(loaded, [conversation])
 
 
 def test_a_tokenizer_s_own_template_goes_before_the_shipped_one(tokenizer, monkeypatch):

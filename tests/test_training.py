@@ -9,12 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_ppo
 import tiny
 import torch
+from transformers import AutoTokenizer
 
-from rlhf import pretrain, reward, sft, training
-from rlhf.cli import run_stage
+from rlhf import ppo, pretrain, reward, sft, training
+from rlhf.cli import main, run_stage
 from rlhf.config import to_dict
+from rlhf.data.encode import encode_prompts
 from rlhf.registry import Registry
 from rlhf.training import COMPLETE, TrainingError, work_folder
 
@@ -529,6 +532,44 @@ def test_scripts_end_in_one_line_and_status_2(tmp_path):
 
 
 # The ways to start a run
+
+
+def test_conversations_are_their_text_in_every_stage_and_their_template_is_published(tmp_path):
+    """Each stage trained on messages gives bit for bit the weights of the one trained on the text that the template makes of
+    them, and so does evaluation; plain transformers writes the same tokens from the published folder."""
+    asked = [f"Feed {i}" for i in range(16)]
+    ways = {
+        "messages": lambda text: [{"role": "user", "content": text}],
+        "text": lambda text: f"User: {text}\n\nAssistant:\n",
+    }
+    made = {}
+    for way, prompt in ways.items():
+        folder = tmp_path / way
+        registry = tiny.published(folder, "base")
+        rankings = [{**r, "prompt": prompt(text)} for r, text in zip(tiny.comparisons(16, sizes=(2, 3)), asked)]
+        shown = [{**r, "prompt": prompt(text)} for r, text in zip(tiny.demonstrations(16), asked)]
+        sft.run(tiny.sft_args(folder, shown))
+        reward.run(tiny.reward_args(folder, rankings))
+        prompts = tiny.write_lines(folder / "asked.jsonl", [{"prompt": prompt(text)} for text in asked])
+        ppo.run(test_ppo.ppo_args(folder, dataset_name=prompts, max_prompt_length=40))
+        made[way] = [registry.require(stage, "tiny") for stage in ("sft", "rm", "ppo")]
+        new = tiny.write_lines(folder / "new.jsonl", rankings)
+        assert main(["eval", "tiny/rm", "--root", str(registry.root), "--data", new]) == 0
+    for one, other in zip(*made.values()):
+        assert tiny.largest_difference(one, other) == 0, one.ref
+        published = AutoTokenizer.from_pretrained(one.path)
+        conversation = [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Ho"},
+            *ways["messages"]("Bye"),
+        ]
+        ids = published.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+        assert [ids] == encode_prompts(published, [conversation])
+    scores = [
+        Registry(tmp_path / way / "runs").evals_dir(found[1]) / "rm-new.jsonl.json" for way, found in made.items()
+    ]
+    one, other = (json.loads(path.read_text()) for path in scores)
+    assert one["accuracy"] == other["accuracy"] and one["margins"] == other["margins"]
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf import RLHFError, adapters
 from rlhf.bases import Start, loading_quantized, quantization, start_of
+from rlhf.data.encode import chat_template
 from rlhf.engine import gathered
 from rlhf.objectives import token_logprobs
 from rlhf.unembed import logprobs, low_precision_of
@@ -47,10 +48,10 @@ class ModelError(RLHFError):
 
 
 def load_tokenizer(path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a checkpoint, with an EOS and with a PAD of its own.
+    """The tokenizer of a checkpoint, with an EOS, a PAD of its own and a chat template.
 
     PAD = EOS would teach models never to stop, so a tokenizer without PAD gets `<|pad|>`. WordPiece tokenizers of GPT-2 models
-    have no EOS: their [SEP] ends a text.
+    have no EOS: their [SEP] ends a text. Where there is no chat template it is the shipped one, which is saved with a version.
     """
     with _loading(path):
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
@@ -62,6 +63,7 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None, trust_remot
         tokenizer.eos_token = tokenizer.sep_token
     if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    tokenizer.chat_template = chat_template(tokenizer)
     return tokenizer
 
 

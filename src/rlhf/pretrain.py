@@ -24,7 +24,7 @@ from transformers import (
 
 from rlhf.config import PretrainArgs
 from rlhf.data import fingerprint
-from rlhf.data.encode import blocks
+from rlhf.data.encode import CHAT_TEMPLATE, blocks
 from rlhf.engine import check_trainers_optimizer
 from rlhf.models import PAD_TOKEN, compile_layers, load_tokenizer
 from rlhf.registry import Artifact
@@ -115,6 +115,7 @@ def make_tokenizer(args: PretrainArgs, texts: list[str]) -> PreTrainedTokenizerF
         pad_token=PAD_TOKEN,
         clean_up_tokenization_spaces=False,
         model_max_length=args.max_position_embeddings,
+        chat_template=CHAT_TEMPLATE,
     )
 
 

@@ -47,7 +47,7 @@ def format_prompt(prompt: str | Messages, tokenizer: Any) -> str:
     """The text that a completion follows: a plain prompt as it stands, messages through the tokenizer's chat template."""
     if isinstance(prompt, str):
         return prompt
-    template = tokenizer.chat_template or CHAT_TEMPLATE
+    template = chat_template(tokenizer)
     try:
         return tokenizer.apply_chat_template(prompt, chat_template=template, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:  # some know no system messages, or want turns to alternate
@@ -56,6 +56,11 @@ def format_prompt(prompt: str | Messages, tokenizer: Any) -> str:
         raise DataError(
             f"the tokenizer's chat template refuses a conversation ({error}): {roles}, which begins {begins!a}; mend or remove it"
         ) from None
+
+
+def chat_template(tokenizer: Any) -> str:
+    """The tokenizer's own template, or the shipped one after the special tokens that the tokenizer puts before a text."""
+    return tokenizer.chat_template or "".join(tokenizer.convert_ids_to_tokens(leading_ids(tokenizer))) + CHAT_TEMPLATE
 
 
 def leading_ids(tokenizer: Any) -> list[int]:
