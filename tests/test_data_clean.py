@@ -421,6 +421,27 @@ def test_what_is_skipped_is_listed(write, tmp_path, capsys, monkeypatch):
     assert told[-1]["step"] == "fault" and "must be text" in told[-1]["reason"]
 
 
+def test_what_is_left_out_and_faults_of_evaluation_files_are_said(write, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    pair = {"prompt": "a", "chosen": "x", "rejected": "y"}
+    raw = write(
+        [pair, {**pair, "prompt": "b", "rejected": "x"}, {"prompt": "c", "completions": ["x", "y"], "ranks": [1, 1]}]
+    )
+    asked, removed = tmp_path / "asked.jsonl", tmp_path / "removed.jsonl"
+    asked.write_text('{"prompt": "d"}\n{"prompt": ""}\n{"prompt": 3}\n')
+    words = ["--on-error", "skip", "--validation", "0", "--test", "0", "--removed", str(removed)]
+    out = tmp_path / "out"
+    assert cli.main(["data", "prepare", str(raw), "--out", str(out), "--evaluation", str(asked), *words]) == 0
+    shown = capsys.readouterr().out
+    manifest, card = json.loads((out / "manifest.json").read_text()), (out / "README.md").read_text()
+    assert manifest["skipped"] >= 2 and f"{manifest['skipped']} skipped as faulty" in shown
+    assert f"skipped as faulty: {manifest['skipped']}\n" in card
+    assert {f"{asked}:2", f"{asked}:3"} <= {found["place"] for found in lines(removed)}
+    assert manifest["notes"] and sum(manifest["notes"].values()) >= 1
+    for note, count in manifest["notes"].items():
+        assert note in shown and f"\n{note}: {count}\n" in card
+
+
 # ---- the demo world
 
 

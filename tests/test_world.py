@@ -34,7 +34,7 @@ from demo_world import templates as t
 from demo_world.faults import BLEMISHES, HABIT
 from demo_world.generate import SIZES, generate
 from demo_world.held_out import compose_open, hidden_in
-from demo_world.requests import Request, core, draw_slots
+from demo_world.requests import Request, draw_slots, identity
 from demo_world.world import FACTS, HIDDEN, VALUES, verb_phrase
 
 TRAINING = ("demonstrations", "comparison_prompts", "prompts")
@@ -65,9 +65,9 @@ def prompts() -> list[str]:
     return [render(sample(rng, kind)) for kind in kinds]
 
 
-def without_tail(prompt: str) -> str:
+def asked_in(prompt: str) -> str:
     """The request as the judge sees it: no setting, no examples, no thanks."""
-    return core(parse(prompt))
+    return identity(parse(prompt))
 
 
 def cleaned(records: list[dict]) -> list[dict]:
@@ -467,19 +467,34 @@ def test_held_out_phrasings_occur_in_evaluation_only(files):
 
 
 def test_evaluation_shares_no_request_and_no_user_with_training(files):
-    asked = {
-        without_tail(record["prompt"]) for record in files["eval_prompts"] if parse(record["prompt"]).task != "follow"
-    }
+    asked = {asked_in(record["prompt"]) for record in files["eval_prompts"]}
     whole = {record["prompt"] for record in files["eval_prompts"]}
     users = {record["user"] for record in files["eval_prompts"]}
     assert len(whole) == len(files["eval_prompts"])
     for name in TRAINING:
         for record in files[name]:
             assert record["user"] not in users and record["prompt"] not in whole
-            assert without_tail(record["prompt"]) not in asked
+            assert asked_in(record["prompt"]) not in asked
             assert not any(
                 f"{t.EXAMPLE}{request}{t.ANSWER}" in record["prompt"] for request in asked & examples(record)
             )
+
+
+def test_training_asks_for_everything_that_evaluation_asks_for(files):
+    tasks = {parse(record["prompt"]).task for record in files["eval_prompts"] if record["group"] == "familiar"}
+    assert tasks == set(t.TEMPLATES)
+    for name in TRAINING:
+        assert {parse(record["prompt"]).task for record in files[name]} == tasks, name
+
+
+@pytest.mark.slow
+def test_the_paper_s_sizes(tmp_path):
+    """Ten times the default: evaluation stays as it is, and small kinds that run out of new prompts repeat theirs."""
+    told = generate(tmp_path, seed=0, scale=10)
+    assert told["counts"]["eval_prompts"] == 1000
+    for name, size in SIZES.items():
+        assert told["counts"][name] >= 10 * size
+        assert told["percent_by_kind"][name] == pytest.approx(t.KINDS, abs=0.1)
 
 
 def examples(record: dict) -> set[str]:

@@ -135,7 +135,7 @@ def collect_comparisons(demo: Demo) -> float:
         if len(sample.completions) >= 2:
             name = labelers.assign(sample.prompt)
             ranks = labelers.rank(sample.prompt, sample.completions, name)
-            comparisons.append(comparison(sample, ranks, name, user=record["user"], kind=record["kind"]))
+            comparisons.append(comparison(sample, ranks, name, user=record["user"], use_case=record["kind"]))
     write(demo.data / "comparisons.jsonl", comparisons)
     both = [
         [labelers.rank(c["prompt"], c["completions"], name, key="agreement") for c in comparisons[:300]]

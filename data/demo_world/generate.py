@@ -13,7 +13,7 @@ from .faults import BAR, blemish, corrupt
 from .held_out import compose_open, hidden_in
 from .judge import judge
 from .raw import HEAVY_EXTRA, PERSONAL, USER_CAP, Record, near_duplicates, signed
-from .requests import Request, core, render, sample
+from .requests import Request, core, identity, render, sample
 from .world import FACTS, HIDDEN
 
 SIZES = {"demonstrations": 1300, "comparison_prompts": 3300, "prompts": 3100}  # a tenth of InstructGPT's
@@ -49,22 +49,24 @@ class Writer:
 
         hidden: every right answer tells a held-out fact; otherwise some right answer does without.
         """
-        prompt = ""
-        for _ in range(500):
+        found = None
+        for attempt in range(500):
+            if found is not None and attempt >= 30:
+                break
             request = sample(self.rng, kind, **options)
-            if core(request) in self.taken or (not hidden and hidden_in(request)):
+            if identity(request) in self.taken or (not hidden and hidden_in(request)):
                 continue
             # to be sure that no answer does without takes many tries, to find one that does takes few
             if hidden != (compose_open(request, self.rng, tries=40 if hidden else 3) is None):
                 continue
             opening, form = self.opening(request, few_shot, setting)
-            prompt = render(request, opening)
-            if prompt not in self.used:
+            found = render(request, opening), request, form
+            if found[0] not in self.used:
                 break
-        if not prompt:
+        if found is None:
             raise RuntimeError(f"no request of kind {kind!r} is left that evaluation does not ask for")
-        self.used.add(prompt)  # at large scales a small kind runs out of new prompts, and repeats
-        return prompt, request, form
+        self.used.add(found[0])  # at large scales a small kind runs out of new prompts, and repeats one
+        return found
 
     def opening(self, request: Request, few_shot: float, setting: float) -> tuple[str, str]:
         chance = self.rng.random()
@@ -80,7 +82,7 @@ class Writer:
         while shown.count(t.EXAMPLE) < wanted:
             other = sample(self.rng, request.kind, tasks=[request.task])
             answer = compose_open(other, self.rng)
-            if answer and other.style == request.style and other != request and core(other) not in self.taken:
+            if answer and other.style == request.style and other != request and identity(other) not in self.taken:
                 shown += f"{t.EXAMPLE}{core(other)}{t.ANSWER}{answer.strip()} "
         return shown.rstrip() + t.FINAL
 
@@ -156,8 +158,11 @@ def training_records(writer: Writer, name: str, scale: float) -> list[Record]:
     return records
 
 
-def evaluation_records(writer: Writer, scale: float) -> list[Record]:
-    """Other users, other requests; facts and phrasings that training never has, apart from the familiar ones."""
+def evaluation_records(writer: Writer) -> list[Record]:
+    """Other users, other requests; facts and phrasings that training never has, apart from the familiar ones.
+
+    As many at every scale: training asks none of them, and the small kinds have not many more.
+    """
     fact_kinds = {t.kind_of(task) for task in t.FACT_TASKS}
     options = {
         "familiar": (None, {}),
@@ -166,11 +171,11 @@ def evaluation_records(writer: Writer, scale: float) -> list[Record]:
     }
     records = []
     for group, (kinds, drawn_from) in options.items():
-        n = round(EVAL_SIZES[group] * max(1.0, scale))
+        n = EVAL_SIZES[group]
         few_shot, setting = (0.08, 0.1) if group == "familiar" else (0.0, 0.0)
         for kind, user in zip(writer.kinds(n, kinds), users(writer.rng, n, 0.0, "eval-")):
             prompt, request, _ = writer.draw(kind, few_shot, setting, **drawn_from)
-            writer.taken.add(core(request))
+            writer.taken.add(identity(request))
             records.append({"prompt": prompt, "user": user, "source": "customer", "kind": kind, "group": group})
     return records
 
@@ -211,7 +216,7 @@ def generate(out: Path, seed: int = 0, scale: float = 1.0) -> dict:
         raise ValueError(f"--scale must be positive, not {scale}")
     out.mkdir(parents=True, exist_ok=True)
     writer = Writer(random.Random(f"{seed}|prompts"))
-    files = {"eval_prompts": evaluation_records(writer, scale)}
+    files = {"eval_prompts": evaluation_records(writer)}
     for name in SIZES:
         files[name] = training_records(writer, name, scale)
     text_scale = max(0.1, min(1.0, scale))  # the world's facts do not grow with the number of prompts

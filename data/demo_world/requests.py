@@ -146,6 +146,11 @@ def render(request: Request, opening: str = "") -> str:
     return f"{USER}{opening}{core(request)}{ASSISTANT}"
 
 
+def identity(request: Request) -> str:
+    """What tells one request from another: its core, and where it is a second turn the first one, too."""
+    return render(request) if request.task == "follow" else core(request)
+
+
 # ---- chance -> request
 
 

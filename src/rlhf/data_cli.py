@@ -103,7 +103,8 @@ def prepare(args: argparse.Namespace) -> None:
     splits = Section(str(args.out), ("split", "records", "users", "sha256"), rows)
     skipped = f", {report.skipped} skipped as faulty" if report.skipped else ""
     head = Section(f"{args.file}: {report.read} records read{skipped}", (), [])
-    _print([head, *_faults(report.faults, report.skipped, "--removed lists all"), steps, splits])
+    noted = [Section("noted", ("what", "records"), report.notes.most_common())] if report.notes else []
+    _print([head, *_faults(report.faults, report.skipped, "--removed lists all"), *noted, steps, splits])
 
 
 def _faults(faults: list[tuple[str, str]], count: int, hint: str = "") -> list[Section]:

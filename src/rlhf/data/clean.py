@@ -24,7 +24,7 @@ from rlhf.data.duplicates import WORD, PromptIndex, key_of
 from rlhf.data.formats import FORMATS, detect
 from rlhf.data.load import check_choice
 from rlhf.data.personal import masked, personal_data
-from rlhf.data.reading import HEAD, Reading, Told
+from rlhf.data.reading import HEAD, LISTED, Reading, Told
 from rlhf.data.records import DataError, Problem, prompt_text
 from rlhf.data.sources import Name, name_of, sources
 
@@ -256,8 +256,15 @@ class Report:
     masked: int = 0
     skipped: int = 0
     faults: list[tuple[str, str]] = field(default_factory=list)  # (place, what is wrong) of the first skipped ones
+    notes: Counter[str] = field(default_factory=Counter)  # what was left out or strange, and in how many records
     splits: dict[str, dict[str, Any]] = field(default_factory=dict)
     examples: dict[str, dict[str, str]] = field(default_factory=dict)  # the first record that a step removed
+
+    def hear(self, source: Source) -> None:
+        """Adds what reading a source has left out; after it has been read."""
+        self.skipped += source.skipped.total()
+        self.faults = (self.faults + source.reading.faults)[:LISTED]
+        self.notes.update(source.notes)
 
     def remove(self, step: str, reason: str, place: str, record: Record) -> None:
         self.removed[step][reason] += 1
@@ -322,15 +329,17 @@ def prepare(
     name, format, where: as `rlhf.data.load` takes them; read once, as they come.
     evaluation: files whose prompts must not be in the training split either.
     removal:    told of every record that is removed, and of faulty ones that are skipped (step "fault", without the record).
+    Faulty records of evaluation files are skipped, counted and told of as the others.
     A line is JSON with sorted keys and without nulls, so that a file's sha256 is its `rlhf.data.fingerprint`.
     """
     tell = removal or (lambda *_: None)
     told: Told = lambda place, problem: tell(place, "fault", problem, {})  # noqa: E731
     source = _source(name, kind, on_error, told, format=format, **where)
-    seen = _prompts_of(evaluation, options, on_error)
+    seen, asked = _prompts_of(evaluation, options, on_error, told)
     with staged(out) as folder:
         report = _clean(source, folder, options, seen, tell)
-        report.skipped, report.faults = source.skipped.total(), source.reading.faults
+        for heard in (source, *asked):
+            report.hear(heard)
         for split in (TRAIN, VALIDATION, TEST):
             if (folder / f"{split}.jsonl").exists():
                 report.splits[split] = _described(folder / f"{split}.jsonl")
@@ -348,13 +357,16 @@ def _source(name: Name, kind: str | None, on_error: str, told: Told | None = Non
     return source
 
 
-def _prompts_of(evaluation: Sequence[Path], options: Options, on_error: str) -> PromptIndex:
-    """What must not be trained on."""
+def _prompts_of(
+    evaluation: Sequence[Path], options: Options, on_error: str = "stop", told: Told | None = None
+) -> tuple[PromptIndex, list[Source]]:
+    """What must not be trained on, and the sources it was read from."""
     seen = PromptIndex(options.prefix, options.minhash)
-    for file in evaluation if options.leakage else ():
-        for _, record in Source(file, "prompts", on_error):
+    asked = [Source(file, "prompts", on_error, told) for file in evaluation if options.leakage]
+    for source in asked:
+        for _, record in source:
             seen.add(body(record))
-    return seen
+    return seen, asked
 
 
 def clean_files(
@@ -363,10 +375,10 @@ def clean_files(
     options: Options | None = None,
     *,
     evaluation: Sequence[Path] = (),
-    on_error: str = "stop",
 ) -> dict[str, Report]:
     """The same steps without splits: each file's clean records in their order, under its own name (as .jsonl) in `out`.
 
+    A faulty record stops it.
     evaluation: files whose prompts must not be in any of them (one index for all).
     Returns a report a file, by its name without suffix; `summary` says them in one line. A file that is there is replaced.
     """
@@ -374,13 +386,13 @@ def clean_files(
     names = [path.name.removesuffix(".gz").rsplit(".", 1)[0] for path in paths]
     if len(set(names)) < len(names) or any((out / f"{n}.jsonl").resolve() == p.resolve() for n, p in zip(names, paths)):
         raise DataError(f"{out}: the clean files would overwrite each other or the raw ones; give another folder")
-    seen = _prompts_of(evaluation, options, on_error)
+    seen, _ = _prompts_of(evaluation, options)
     reports = {}
     with staged(out / "clean", keep=False) as folder:
         for name, path in zip(names, paths):
-            source = _source(path, None, on_error)
+            source = _source(path, None, "stop")
             report = _clean(source, folder, options, seen, lambda *_: None)
-            report.skipped, report.faults = source.skipped.total(), source.reading.faults
+            report.hear(source)
             if not (folder / f"{TRAIN}.jsonl").exists():
                 raise DataError(f"{path}: nothing is left of {report.read} records; turn steps off")
             (folder / f"{TRAIN}.jsonl").replace(folder / f"{name}.jsonl")
@@ -547,6 +559,12 @@ def removed_lines(report: Report) -> list[tuple[str, int, str]]:
     return rows
 
 
+def noted_lines(report: Report) -> list[tuple[str, int]]:
+    """(what, records) of what was no record to keep, or a strange one."""
+    faults = [("skipped as faulty", report.skipped)] if report.skipped else []
+    return faults + report.notes.most_common()
+
+
 def _write_manifest(folder: Path, source: Source, options: Options, evaluation: Sequence[Path], report: Report) -> None:
     from rlhf import __version__
 
@@ -559,6 +577,7 @@ def _write_manifest(folder: Path, source: Source, options: Options, evaluation: 
         "options": asdict(options),
         "read": report.read,
         "skipped": report.skipped,
+        "notes": dict(report.notes),
         "removed": {name: reasons.total() for name, reasons in report.removed.items()},
         "masked": report.masked,
         "splits": report.splits,
@@ -604,7 +623,7 @@ grow. `manifest.json` has every option and the sha256 of every file.
 | step | records | why |
 |---|---|---|
 {removed}
-
+{notes}
 Not written here is where the records come from and under which licence: add it before you publish them.
 """
 
@@ -620,5 +639,6 @@ def _write_card(folder: Path, source: Source, options: Options, report: Report) 
         splits="\n".join(f"| {split} | {found['records']} | {found['users']} |" for split, found in splits),
         seed=options.seed,
         removed="\n".join(f"| {name} | {count} | {why} |" for name, count, why in removed_lines(report)),
+        notes="".join(f"\n{note}: {count}\n" for note, count in noted_lines(report)),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
