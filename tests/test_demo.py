@@ -10,10 +10,11 @@ import tiny
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 
-from demo_world import best_answers, render, sample
+from demo_world import best_answers, judge, render, sample
 from demo_world.curve import draw, watched_run
-from demo_world.demo import Demo, run
+from demo_world.demo import Demo, make_labelers, read, run
 from demo_world.evaluate import BagOfWords, true_ranks
+from demo_world.templates import KINDS
 
 from rlhf.registry import Registry
 
@@ -24,8 +25,13 @@ SMALL = {
     "ppo": ["--total_episodes", "64", "--batch_size", "32", "--num_mini_batches", "2", "--eval_episodes", "8"],
 }
 GROUPS = {"familiar": 80, "held_out_fact": 20, "held_out_phrasing": 20}
+CANONICAL = {"prompt", "completions", "ranks", "ended", "labeler", "user", "use_case"}
 FIGURES = {
     "rm_accuracy",
+    "rm_accuracy_exact",
+    "rm_ece",
+    "rm_demonstrations_mean",
+    "peak_memory_gib",
     "length_accuracy",
     "bag_of_words_accuracy",
     "cleaning",
@@ -67,19 +73,44 @@ def test_the_demo_runs_from_nothing_to_a_summary(tmp_path, capfd, monkeypatch):
         registry.verify(artifact)
     show(demo, summary)
     shown = capfd.readouterr().out
-    assert "win rate" in shown and "lineage" in shown and "PPO − SFT" in shown
+    assert "win rate" in shown and "lineage" in shown and "PPO − SFT" in shown and "next      rlhf registry ls" in shown
+    for stage in (*summary["seconds"], "base/v1", "summary.json"):
+        assert stage in shown
+    examples = json.loads((tmp_path / "demo" / "examples.json").read_text())
+    assert len(examples) == 3 and all(example["answers"].keys() == {"base", "sft", "ppo"} for example in examples)
+    for example in examples:
+        assert example["prompt"].strip().splitlines()[-1] in shown
+    assert summary["peak_memory_gib"] < 4 and abs(summary["rm_demonstrations_mean"]) < 0.01
+    compared = read(tmp_path / "demo" / "data" / "comparisons.jsonl")
+    assert all(c.keys() <= CANONICAL for c in compared)  # nothing of the judge but the labelers' ranks
+    by_use_case = json.loads((registry.evals_dir(registry.require("rm", "demo")) / "rm.json").read_text())[
+        "by_use_case"
+    ]
+    assert by_use_case and set(by_use_case) <= set(KINDS)
     rows, recipe = watched_run(demo, rollouts=2, every=1, count=20, more=SMALL["ppo"])
     assert [row["rollouts"] for row in rows] == [0, 1, 2] and recipe.kl_budget is not None
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-4) and rows[0]["win_rate"] == 0.5 and rows[2]["kl"] != rows[0]["kl"]
     draw(rows, recipe.kl_budget, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     again = run(Demo(tmp_path / "again", "demo", 3, scale=0.02, overrides=SMALL))
-    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in summary.items() if k != "seconds"}
+    for one in (again, summary):
+        del one["seconds"], one["peak_memory_gib"]
+    assert again == summary
 
 
 def test_the_true_order_has_ties_where_the_judge_sees_none_better():
     prompt = render(sample(random.Random(0), "open_qa"), "")
     assert true_ranks(prompt, [" qwerty", best_answers(prompt)[0], " asdf"]) == [2, 1, 2]
+    answers = [best_answers(prompt)[0] + more for more in ("", " Tobo eats nuts.", " Tobo eats nuts. Mira is a cat.")]
+    utilities = [judge(prompt, text).utility for text in answers]
+    assert utilities[0] > utilities[1] > utilities[2] and round(utilities[1]) == round(utilities[2]) == 0
+    assert true_ranks(prompt, answers, steps=None) == [1, 2, 3] and true_ranks(prompt, answers, steps=2) == [1, 2, 2]
+
+
+def test_random_labelers_are_asked_for_by_name(tmp_path):
+    names = make_labelers(Demo(tmp_path, "demo", 3, labelers="random")).names
+    assert names and all(name.startswith("random") for name in names)
+    assert not any(name.startswith("random") for name in make_labelers(Demo(tmp_path, "demo", 3)).names)
 
 
 def test_the_bag_of_words_learns_a_word():

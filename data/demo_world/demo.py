@@ -191,8 +191,19 @@ def run(demo: Demo) -> dict[str, Any]:
     summary = demo.timed("evaluation", lambda: evaluate(demo, world, agreed))
     summary["cleaning"] = removed
     summary["seconds"] = demo.seconds | {"total": round(sum(demo.seconds.values()), 1)}
+    summary["peak_memory_gib"] = peak_memory()
     (demo.root / demo.run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
+
+
+def peak_memory() -> float | None:
+    """The most memory that this process has had at once, in GiB; None where the system does not count it."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 2)
 
 
 def main() -> None:

@@ -110,7 +110,10 @@ def by_group(records: Sequence[dict], scores: Sequence[Score], others: Sequence[
 
 
 def reward_model_figures(demo: Any, rm: Any, sft: Any, records: Sequence[dict]) -> dict[str, Any]:
-    """Pair accuracy against the judge's true order on fresh samples for held-out prompts, beside two simple rivals."""
+    """Pair accuracy against the judge's true order on fresh samples for held-out prompts, beside two simple rivals.
+
+    What lies on one of the labelers' seven steps is tied and no pair; `rm_accuracy_exact` orders every difference in utility.
+    """
     from .demo import RESPONSE_LENGTH, SAMPLE_SEED, read
 
     tokenizer = models.load_tokenizer(rm.path)
@@ -121,6 +124,7 @@ def reward_model_figures(demo: Any, rm: Any, sft: Any, records: Sequence[dict]) 
     )
     samples = [s for s in samples if len(s.completions) > 1]
     truth = [true_ranks(s.prompt, s.completions) for s in samples]
+    exact = [true_ranks(s.prompt, s.completions, steps=None) for s in samples]
     rows, counts = [], [len(s.completions) for s in samples]
     for s in samples:
         prompt = encode_prompts(tokenizer, [s.prompt])[0]
@@ -136,15 +140,19 @@ def reward_model_figures(demo: Any, rm: Any, sft: Any, records: Sequence[dict]) 
         "rm_accuracy": accuracy["rm"]["accuracy"],
         "rm_accuracy_ci95": accuracy["rm"]["accuracy_ci95"],
         "rm_accuracy_pairs": accuracy["rm"]["pairs"],
+        "rm_accuracy_exact": evaluation.ranking_metrics([s.tolist() for s in scores], exact)["accuracy"],
         "length_accuracy": accuracy["length"]["accuracy"],
         "bag_of_words_accuracy": accuracy["bag_of_words"]["accuracy"],
         "rm_accuracy_on_labels": rm.manifest["metrics"].get("accuracy"),
+        "rm_ece": rm.manifest["metrics"].get("ece"),
+        "rm_demonstrations_mean": rm.manifest["metrics"]["demonstrations_mean"],
     }
 
 
-def true_ranks(prompt: str, completions: Sequence[str]) -> list[int]:
-    """Ranks by the judge's utility, on the seven steps that labelers rate with: what lies on one step is tied."""
-    values = [round((STEPS - 1) * judge(prompt, c).utility) for c in completions]
+def true_ranks(prompt: str, completions: Sequence[str], steps: int | None = STEPS) -> list[int]:
+    """Ranks by the judge's utility, on the seven steps that labelers rate with: what lies on one step is tied. None: as it is."""
+    values = [judge(prompt, c).utility for c in completions]
+    values = values if steps is None else [round((steps - 1) * value) for value in values]
     order = sorted(set(values), reverse=True)
     return [order.index(v) + 1 for v in values]
 

@@ -46,10 +46,11 @@ def stages(s: dict[str, Any]) -> Table:
         f"{s['demonstrations_bad_share']:.0%} are bad",
         "feedback": f"two labelers agree on {s['labeler_agreement']:.0%} of pairs",
         "rm": f"pair accuracy {s['rm_accuracy']:.3f} (length {s['length_accuracy']:.3f}, "
-        f"bag of words {s['bag_of_words_accuracy']:.3f})",
+        f"bag of words {s['bag_of_words_accuracy']:.3f})"
+        + (f", ECE {s['rm_ece']:.3f}" if s["rm_ece"] is not None else ""),
         "ppo": f"win rate {s['win_rate']:.3f} over SFT {interval(s['win_rate_ci95'])}, KL {s['kl']:.1f} nats",
         "evaluation": f"win rate {s['win_rate_permuted']:.3f} with answers given to other prompts",
-        "total": "",
+        "total": f"at most {s['peak_memory_gib']} GiB of memory" if s["peak_memory_gib"] else "",
     }
     for name, seconds in s["seconds"].items():
         table.add_row(name, f"{seconds:.0f}", figures.get(name, ""), end_section=name == "evaluation")

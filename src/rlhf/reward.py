@@ -420,12 +420,18 @@ def demonstration_rows(args: RewardArgs, tokenizer: Any, comparisons: Dataset, l
 
 
 def centre_on_demonstrations(trainer: RewardTrainer, rows: Sequence[list[int]]) -> dict[str, Any]:
-    """Adds the constant that makes demonstrations score 0 on average; says where it is kept."""
-    before = score_rows(scored_by_trainer(trainer), rows)
+    """Adds the constant that makes demonstrations score 0 on average; says where it is kept, and the mean that is left."""
+    score = scored_by_trainer(trainer)
+    before = score_rows(score, rows)
     settle(trainer.model_wrapped)
     place = add_reward_bias(trainer.accelerator.unwrap_model(trainer.model), -float(before.mean()))
-    std = float(before.std(unbiased=False))
-    return {"bias": -float(before.mean()), "bias_kept_in": place, "demonstrations_std": std}
+    after = score_rows(score, rows)
+    return {
+        "bias": -float(before.mean()),
+        "bias_kept_in": place,
+        "demonstrations_mean": float(after.mean()),
+        "demonstrations_std": float(after.std(unbiased=False)),
+    }
 
 
 def mean_of_heads(trainer: RewardTrainer) -> Tensor | None:
