@@ -14,8 +14,9 @@ ACCELERATE_ARGS ?= --num_cpu_threads_per_process $(THREADS) $(if $(shell command
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-# With no RUN, CONFIG or ARGS a stage is launched without arguments: the demo's recipe.
-STAGE_ARGS = $(if $(CONFIG),--config $(CONFIG),) $(if $(RUN),--run_name $(RUN),) $(ARGS)
+# Without CONFIG and ARGS, and with no RUN or the demo's, a stage is launched without arguments: the demo's recipe.
+OTHER_RUN = $(if $(CONFIG)$(ARGS),$(RUN),$(filter-out demo,$(RUN)))
+STAGE_ARGS = $(if $(CONFIG),--config $(CONFIG),) $(if $(OTHER_RUN),--run_name $(OTHER_RUN),) $(ARGS)
 LAUNCH = $(BIN)/accelerate launch --quiet $(ACCELERATE_ARGS)
 
 .PHONY: setup demo test lint pretrain sft rm ppo eval report doctor bench clean

@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -19,6 +20,7 @@ import time
 import pytest
 import test_ppo
 import tiny
+import torch
 from safetensors.torch import load_file
 
 from rlhf import ppo, reward, sft
@@ -227,13 +229,24 @@ def follows(one, two):
 
 def sum_of_places(prompts, completions, **columns):
     """A rule; on process 1 its third call fails, in the way that FAIL names."""
-    if os.environ.get("RANK") == "1":
-        calls.append(1)
-        if len(calls) == 3 and os.environ.get("FAIL") == "raise":
-            raise ValueError("no opinion")
-        if len(calls) == 3 and os.environ.get("FAIL") == "die":
-            os.kill(os.getpid(), signal.SIGKILL)
+    fail_the_third_time()
     return [sum(map(ord, text)) % 7 / 7 for text in completions]
+
+
+def coin(prompts, completions, **columns):
+    """Draws from the random state of its process, and fails as the rule above does."""
+    fail_the_third_time()
+    return [random.random() + torch.rand(1).item() for _ in completions]
+
+
+def fail_the_third_time():
+    if os.environ.get("RANK") != "1":
+        return
+    calls.append(1)
+    if len(calls) == 3 and os.environ.get("FAIL") == "raise":
+        raise ValueError("no opinion")
+    if len(calls) == 3 and os.environ.get("FAIL") == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 calls: list[int] = []
@@ -241,11 +254,11 @@ calls: list[int] = []
 
 def failing_run(tmp_path, **changes):
     """Four rollouts whose reward is the rule above, with everything on that a checkpoint must carry."""
+    changes = {"reward_functions": ["test_launches:sum_of_places"]} | changes
     changes = {"eval_episodes": 0, "total_episodes": 24, "num_mini_batches": 2, "batch_size": 6, **changes}
     return test_ppo.ppo_args(
         tmp_path,
         reward_model_path=[],
-        reward_functions=["test_launches:sum_of_places"],
         critic_path="tiny/rm/v1",
         kl_target=1.0,
         scale_scores=True,
@@ -285,15 +298,24 @@ def test_a_failure_on_one_process_ends_all_and_the_run_resumes_under_zero_3(tmp_
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_takes_the_others_with_it(tmp_path):
+def test_a_process_that_dies_takes_the_others_with_it_and_the_run_resumes_bit_equal(tmp_path):
+    """The reward draws random numbers, so that the random state of each process has to come back."""
     registry = test_ppo.stages(tmp_path)
-    config = tiny.write_config(tmp_path / "ppo.json", failing_run(tmp_path))
+    args = failing_run(tmp_path, reward_functions=["test_launches:coin"], save_steps=1)
+    config = tiny.write_config(tmp_path / "ppo.json", args, resume_from_checkpoint="latest")
     words = command("cpu_ddp", "scripts/ppo.py", "--config", config)
     started = time.monotonic()
     failed = tiny.launch(words, **with_tests_on_the_path(**variables("cpu_ddp"), FAIL="die"))
     assert failed.returncode != 0 and time.monotonic() - started < 120
     assert "exitcode  : -9" in failed.stderr  # the launcher says which process it was
     assert not registry.list("tiny", "ppo")
+    made = []
+    for said in ("resuming after rollout 2", "published"):  # the killed run, then one from the start
+        done = tiny.launch(words, **with_tests_on_the_path(**variables("cpu_ddp")))
+        assert done.returncode == 0 and said in done.stderr, done.stderr[-3000:]
+        made.append(registry.require("ppo", "tiny").weights_sha256)
+    assert "resuming" not in done.stderr
+    assert made[0] == made[1]
 
 
 @pytest.mark.slow

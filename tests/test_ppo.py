@@ -140,6 +140,21 @@ def test_kl_is_zero_and_the_ratio_one_before_the_first_update(tmp_path, architec
     assert_close(values[rollout.mask], rollout.values[rollout.mask], rtol=0, atol=1e-5)
 
 
+def test_the_critic_starts_as_the_reward_model_head_and_all(tmp_path):
+    registry = stages(tmp_path)
+    trainer = trainer_of(ppo_args(tmp_path))
+    critic, saved = trainer.model.critic.state_dict(), tiny.weights(registry.require("rm", "tiny"))
+    assert "score.weight" in saved and saved.keys() <= critic.keys()
+    assert all(torch.equal(critic[name], weight) for name, weight in saved.items())
+
+
+def test_adam_has_the_epsilon_and_betas_of_the_settings(tmp_path):
+    stages(tmp_path)
+    for changes, eps, betas in (({}, 1e-5, (0.9, 0.95)), ({"adam_epsilon": 1e-4, "adam_beta2": 0.9}, 1e-4, (0.9, 0.9))):
+        groups = trainer_of(ppo_args(tmp_path, **changes)).optimizer.param_groups
+        assert [(group["eps"], group["betas"]) for group in groups] == [(eps, betas)] * 2
+
+
 def test_the_first_line_says_so_and_has_every_figure(tmp_path):
     stages(tmp_path)
     trainer = trainer_of(ppo_args(tmp_path))
@@ -691,6 +706,33 @@ def test_a_reward_model_with_another_tokenizer_is_refused(tmp_path, capsys):
     assert ppo.run(ppo_args(tmp_path, sft_model_path=str(tmp_path / "sft"), total_episodes=8)) is not None
 
 
+def test_rewards_of_one_name_are_told_apart_by_the_whole_of_it(tmp_path, capsys):
+    """Two checkpoints called rm and two functions called one; the same one twice is a mistake."""
+    registry = stages(tmp_path)
+    paths = [tmp_path / folder / "rm" for folder in "ab"]
+    for path in paths:
+        shutil.copytree(registry.require("rm", "tiny").path, path, ignore=shutil.ignore_patterns("stage.json"))
+    (tmp_path / "other_rules.py").write_text(
+        "def one(prompts, completions, **columns):\n    return [2.0] * len(completions)\n"
+    )
+    sys.path.insert(0, str(tmp_path))
+    try:
+        rules = ["test_ppo:one", "other_rules:one"]
+        args = ppo_args(tmp_path, reward_model_path=[str(p) for p in paths], reward_functions=rules, total_episodes=8)
+        (line,) = tiny.history(ppo.run(args))
+    finally:
+        sys.path.remove(str(tmp_path))
+    named = {name.removeprefix("reward/"): value for name, value in line.items() if name.startswith("reward/")}
+    assert {str(p) for p in paths} | set(rules) <= named.keys(), named
+    assert named["test_ppo:one"] == 1 and named["other_rules:one"] == 2
+    twice = run_wrongly(capsys, dataclasses.replace(args, reward_functions=rules[:1] * 2))
+    assert "test_ppo:one is given twice" in twice
+
+
+def one(prompts, completions, **columns):
+    return [1.0] * len(completions)
+
+
 def test_a_checkpoint_without_a_head_is_refused(tmp_path, capsys):
     registry = stages(tmp_path)
     args = ppo_args(tmp_path, reward_model_path=[str(registry.require("sft", "tiny").path)])
@@ -703,6 +745,15 @@ def test_prompts_that_leave_no_room_are_refused(tmp_path):
         ppo.run(ppo_args(tmp_path, response_length=64))
     with pytest.raises(RLHFError, match="over 2 tokens"):
         ppo.run(ppo_args(tmp_path, max_prompt_length=2))
+
+
+def test_prompts_that_are_too_long_are_dropped_and_counted(tmp_path, capsys):
+    stages(tmp_path)
+    asked = ["Say 1:", "Say 2: " + "the river runs north " * 3, "Say 3:"]
+    prompts = tiny.write_lines(tmp_path / "mixed.jsonl", [{"prompt": text} for text in asked])
+    trainer = trainer_of(ppo_args(tmp_path, dataset_name=prompts))
+    assert list(trainer.prompts.texts) == [asked[0], asked[2]]
+    assert "dropped 1 of 3 prompts: over 16 tokens" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------- steps that go wrong
@@ -744,6 +795,23 @@ def test_a_run_of_bad_steps_ends_with_the_last_good_weights_in_a_checkpoint(tmp_
     monkeypatch.undo()
     resumed = ppo.run(dataclasses.replace(args, resume_from_checkpoint="latest"))
     assert resumed.weights_sha256 == ppo.run(args).weights_sha256  # of the step before, and not of half a rollout
+
+
+def test_a_rollout_that_ends_in_an_error_is_not_counted_in_the_checkpoint_it_leaves(tmp_path, monkeypatch, capsys):
+    """Nothing was saved before: the weights are those of the last good step, the rest as before the rollout."""
+    registry = stages(tmp_path)
+    good, calls = objectives.gae, []
+
+    def bad_later(*args):
+        calls.append(1)
+        advantages, returns = good(*args)
+        return advantages, returns if len(calls) < 3 else returns * float("inf")
+
+    monkeypatch.setattr(objectives, "gae", bad_later)
+    run_wrongly(capsys, ppo_args(tmp_path, num_mini_batches=4, scale_scores=True))
+    (checkpoint,) = ppo_checkpoints(registry)
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert (state["rollouts"], state["steps"], state["scores"][0]) == (2, 8, 16)  # of 8 episodes in 4 minibatches each
 
 
 # ------------------------------------------------------------------------------------------------------------------ resume

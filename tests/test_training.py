@@ -159,7 +159,8 @@ def test_a_checkpoint_is_refused_for_other_settings(tmp_path, registry):
         pass
     assert "other settings: learning_rate (0.001 -> 0.5), max_length (2048 -> 32); set them back" in str(error.value)
     assert "logging_steps" not in str(error.value) and (path / COMPLETE).exists()
-    free = dataclasses.replace(args, logging_steps=7, disable_tqdm=False, resume_from_checkpoint="latest")
+    saving = {"save_steps": 3, "save_total_limit": 5}  # where a run is saved changes nothing in it
+    free = dataclasses.replace(args, logging_steps=7, disable_tqdm=False, resume_from_checkpoint="latest", **saving)
     with work_folder(free, registry, "sft") as (_, resume):
         assert resume == path
 
@@ -532,6 +533,21 @@ def test_scripts_end_in_one_line_and_status_2(tmp_path):
 
 
 # The ways to start a run
+
+
+def test_make_without_a_recipe_launches_the_demo_s(tmp_path):
+    """With RUN=demo, too, which the messages about missing stages say; words of one's own are a run of one's own."""
+
+    def launched(*words):
+        command = ["make", "-n", "-o", "setup", *words]
+        return subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True, check=True).stdout.split(
+            "scripts/"
+        )[1]
+
+    assert launched("ppo").split() == launched("ppo", "RUN=demo").split() == ["ppo.py"]
+    assert launched("rm", "RUN=hh", "CONFIG=a.yaml").split() == ["reward.py", "--config", "a.yaml", "--run_name", "hh"]
+    own = launched("sft", "RUN=demo", "ARGS=--max_steps 3").split()
+    assert own == ["sft.py", "--run_name", "demo", "--max_steps", "3"]
 
 
 def test_conversations_are_their_text_in_every_stage_and_their_template_is_published(tmp_path):

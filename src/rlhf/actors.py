@@ -165,15 +165,18 @@ def tell_memory(args: PPOArgs, model: ActorCritic) -> None:
 
 
 def make_rewards(args: PPOArgs, sources: Sequence[Source], models: Sequence[Any], tokenizer: Any) -> list[Reward]:
-    """Reward models and then functions, with their weights and distinct names."""
+    """Reward models and then functions, with their weights and distinct names: short ones, and whole where two are alike."""
     weights = args.reward_weights or [1.0] * (len(models) + len(args.reward_functions))
-    names = [artifact.ref if artifact else Path(path).name for path, artifact in sources]
+    whole = [artifact.ref if artifact else path for path, artifact in sources] + args.reward_functions
+    short = [artifact.ref if artifact else Path(path).name for path, artifact in sources]
+    short += [reference.partition(":")[2] for reference in args.reward_functions]
+    names = [full if short.count(name) > 1 else name for name, full in zip(short, whole)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise TrainingError(f"rewards: {', '.join(twice)} is given twice; give it once, with the sum of its weights")
     rewards = [
         model_reward(name, weight, model, tokenizer.pad_token_id, args.per_device_rollout_batch_size)
         for name, weight, model in zip(names, weights, models)
     ]
-    rewards += [function_reward(f, weight) for f, weight in zip(args.reward_functions, weights[len(models) :])]
-    taken = [reward.name for reward in rewards]
-    if len(set(taken)) < len(taken):
-        raise TrainingError(f"rewards: {', '.join(taken)} share a name; rename one")
-    return rewards
+    functions = zip(args.reward_functions, names[len(models) :], weights[len(models) :])
+    return rewards + [function_reward(reference, weight, name) for reference, name, weight in functions]

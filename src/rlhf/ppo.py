@@ -217,9 +217,11 @@ class PPO:
         self.accelerator.init_trackers(args.run_name, config=flat(to_dict(args)))
         with Progress(args.num_rollouts, state.rollouts, hidden=args.disable_tqdm or not is_main()) as bar:
             while state.rollouts < args.num_rollouts and state.stopped == RUNNING:
+                before = state.scores, state.steps
                 try:
                     rollout, line = self.step()
                 except RLHFError:
+                    state.scores, state.steps = before  # the resumed run does this rollout again
                     self.keep(work / f"checkpoint-{state.rollouts}")
                     raise
                 state.rollouts += 1
