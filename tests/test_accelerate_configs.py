@@ -121,6 +121,27 @@ def test_deepspeed_on_the_cpu(name, tmp_path):
     assert all(f["moments"] == 8 * PARAMETERS / 2 for f in found)
 
 
-def test_the_slurm_script_is_valid_shell():
-    done = subprocess.run(["bash", "-n", str(FOLDER / "slurm.sbatch")], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+STUBS = {  # what a cluster has: the hosts of a job, and a start of the words on each machine
+    "scontrol": '[ "$1 $2 $3" = "show hostnames node[7-8]" ] && printf "node7\\nnode8\\n"',
+    "srun": 'shift; for i in 0 1; do SLURM_NODEID=$i "$@"; done',
+    "accelerate": 'echo "$OMP_NUM_THREADS $*"',
+}
+
+
+def test_the_slurm_script_launches_one_part_on_each_machine(tmp_path):
+    for name, text in STUBS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "45678"}
+    job |= {"SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "32"}
+    words = ["bash", str(FOLDER / "slurm.sbatch"), "scripts/ppo.py", "--run_name", "a run"]
+    kept = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "CONFIG")}
+    environment = kept | job | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for rank, line in enumerate(done.stdout.splitlines()):
+        assert line == (
+            "8 launch --config_file configs/accelerate/multinode.yaml --num_machines 2 --num_processes 8 "
+            f"--machine_rank {rank} --main_process_ip node7 --main_process_port 25678 scripts/ppo.py --run_name a run"
+        )
+    assert len(done.stdout.splitlines()) == 2

@@ -56,6 +56,9 @@ def test_ppo_is_placed_beside_best_of_n(registry, capsys):
     assert (
         "best of 4" in told.out and "nats" in told.out and str(folder / "best_of_n.json") in told.out.replace("\n", "")
     )
+    page = registry.root / "page.html"
+    assert cli.main(["report", "tiny", "--root", str(registry.root), "--out", str(page)]) == 0
+    assert "best_of_n" in page.read_text(encoding="utf-8")
 
 
 def test_an_sft_version_on_prompts_that_are_given(registry, tmp_path, capsys):

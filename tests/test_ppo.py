@@ -964,6 +964,7 @@ def test_a_killed_run_resumes_bit_equal_from_any_moment(tmp_path):
     hashes = [word for word in done.stdout.split() if re.fullmatch("[0-9a-f]{64}", word)]
     assert len(hashes) > int(kills), done.stderr[-3000:]  # one more where a run was through before it was killed
     assert len(set(hashes)) == 1
+    assert "resuming after rollout" in done.stderr  # some kill left a checkpoint to go on from
 
 
 def interrupted(monkeypatch, args):

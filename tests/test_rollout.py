@@ -1,5 +1,6 @@
 """Rollouts: aligned, sampled from the right distribution, and the same however the work is cut."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -426,6 +427,28 @@ def test_a_rollout_is_of_its_prompts_in_order(actors, setup):
     assert [p[m].tolist() for p, m in zip(found.prompts, found.prompt_mask)] == setup.prompts
     assert ended == [answer[-1] == setup.tokenizer.eos_token_id for answer in answers]
     assert len(set(map(len, answers))) > 1
+
+
+@pytest.mark.parametrize(("limit", "batch_size"), [(3, 1), (LIMIT, 4)])
+def test_each_model_is_gathered_once_a_rollout_and_one_at_a_time(actors, setup, limit, batch_size):
+    """Weights that are spread over processes come together for a rollout, not for a token or a batch."""
+    reference = load_policy(setup.policy.name_or_path, setup.tokenizer).eval()
+    gathered, whole = [], []
+
+    @contextlib.contextmanager
+    def gather(model):
+        assert not whole
+        gathered.append(model)
+        whole.append(model)
+        yield
+        whole.clear()
+
+    counting = dataclasses.replace(
+        actors, reference=reference, response_length=limit, batch_size=batch_size, whole=gather
+    )
+    collected(counting, setup.prompts)
+    wanted = [actors.policy, actors.rewards[0].model, reference, actors.critic]
+    assert [id(model) for model in gathered] == [id(model) for model in wanted]
 
 
 def test_a_score_is_the_weighted_sum_of_rewards_and_those_that_watch_stay_out(actors, setup):
