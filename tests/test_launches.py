@@ -1,8 +1,8 @@
 """Real launches: every stage under data parallelism and ZeRO 1, 2, 3 and offload follows the same run on one process.
 
 Which architecture meets which strategy is in COVER: each strategy runs every stage, and both architectures meet a strategy with
-whole weights and one with spread ones. The stages of a launch share its processes (tests/launched.py), because starting them takes
-longer than training.
+whole weights and one with spread ones. The stages of a launch share its processes (tests/launched.py): starting them takes longer
+than training.
 """
 
 import dataclasses

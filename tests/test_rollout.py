@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import io
+import sys
 
 import pytest
 import torch
@@ -408,6 +410,25 @@ def actors(setup, reward):
         response_length=LIMIT,
         batch_size=3,
     )
+
+
+@pytest.mark.parametrize(("terminal", "name"), [(True, "sampling"), (True, None), (False, "sampling")])
+def test_a_bar_is_shown_where_it_is_named_and_there_is_a_terminal(setup, monkeypatch, terminal, name):
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", stream)
+    how = {
+        "response_length": 4,
+        "temperature": 1.0,
+        "batch_size": 3,
+        "tokenizer": setup.tokenizer,
+        "banned": setup.banned,
+    }
+    found = sample_responses(setup.policy, setup.prompts, KEYS, **how, shown_as=name)
+    assert found == sample_responses(setup.policy, setup.prompts, KEYS, **how)
+    shown = stream.getvalue()
+    assert (shown != "") == (terminal and name is not None)
+    assert not shown or ("sampling" in shown and "/4" in shown)
 
 
 KEYS = [(0, 1, i) for i in range(4)]

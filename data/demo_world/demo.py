@@ -128,6 +128,7 @@ def collect_comparisons(demo: Demo) -> float:
         [rng.randint(*K) for _ in records],
         response_length=RESPONSE_LENGTH,
         seed=demo.seed + SAMPLE_SEED,
+        shown_as="sampling",
     )
     labelers = make_labelers(demo)
     comparisons = []

@@ -42,6 +42,7 @@ def evaluate(demo: Any, world: dict[str, Any], agreed: float) -> dict[str, Any]:
             response_length=RESPONSE_LENGTH,
             seed=demo.seed + 2 * SAMPLE_SEED,
             batch_size=256,
+            shown_as=f"answers of {name}",
         )
         scores[name] = [judge(p, a) for p, a in zip(prompts, answers[name].texts)]
     scores["best"] = [judge(p, best_answers(p)[0]) for p in prompts]
@@ -120,7 +121,13 @@ def reward_model_figures(demo: Any, rm: Any, sft: Any, records: Sequence[dict]) 
     reward = models.load_scalar_model(rm.path, tokenizer).eval()
     chosen = [r["prompt"] for r in records if r["group"] == "familiar"][:RM_PROMPTS]
     samples = collect_completions(
-        sft, tokenizer, chosen, [6] * len(chosen), response_length=RESPONSE_LENGTH, seed=demo.seed + 3 * SAMPLE_SEED
+        sft,
+        tokenizer,
+        chosen,
+        [6] * len(chosen),
+        response_length=RESPONSE_LENGTH,
+        seed=demo.seed + 3 * SAMPLE_SEED,
+        shown_as="samples to be ordered",
     )
     samples = [s for s in samples if len(s.completions) > 1]
     truth = [true_ranks(s.prompt, s.completions) for s in samples]

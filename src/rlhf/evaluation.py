@@ -95,8 +95,12 @@ def answer(
     step: int = 0,
     temperature: float = 1.0,
     batch_size: int = 64,
+    shown_as: str | None = None,
 ) -> Answers:
-    """Samples one answer to each prompt. Its random numbers are keyed by (seed, step, place of the prompt)."""
+    """Samples one answer to each prompt. Its random numbers are keyed by (seed, step, place of the prompt).
+
+    shown_as: the name of a progress bar, on a terminal; None shows none.
+    """
     ids = encode_prompts(tokenizer, prompts)
     tokens, ended = sample_responses(
         policy,
@@ -107,6 +111,7 @@ def answer(
         batch_size=batch_size,
         tokenizer=tokenizer,
         banned=banned_ids(policy, tokenizer),
+        shown_as=shown_as,
     )
     return Answers(decode_completions(tokenizer, tokens), ids, tokens, ended)
 

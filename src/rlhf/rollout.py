@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from rlhf import RLHFError
 from rlhf.data.encode import batches, decode_completions, pad
@@ -266,12 +267,19 @@ def sample_responses(
     batch_size: int,
     tokenizer: Any,
     banned: Tensor,
+    shown_as: str | None = None,
 ) -> tuple[list[list[int]], list[bool]]:
-    """`generate` in batches of like prompt length, on a GPU in place where the model can; keys: (seed, step, index) of
-    each prompt's stream."""
+    """`generate` in batches of like prompt length, on a GPU in place where the model can.
+
+    keys:     (seed, step, index) of each prompt's stream.
+    shown_as: the name of a progress bar, on a terminal; None shows none.
+    """
     decode = generate_in_place if policy.device.type == "cuda" and can_preallocate(policy) else generate
     responses: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
+    bar = tqdm(
+        total=len(prompts), desc=shown_as, unit=" answers", leave=False, disable=True if shown_as is None else None
+    )
     for batch in batches([len(p) for p in prompts], batch_size):
         with eagerly(policy):
             found, stopped = decode(
@@ -285,6 +293,8 @@ def sample_responses(
             )
         for i, response, stop in zip(batch, found, stopped):
             responses[i], ended[i] = response, stop
+        bar.update(len(batch))
+    bar.close()
     return responses, ended
 
 

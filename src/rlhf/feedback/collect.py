@@ -30,11 +30,12 @@ def collect_completions(
     seed: int = 0,
     temperature: float = 1.0,
     batch_size: int = 256,
+    shown_as: str | None = None,
 ) -> list[Samples]:
     """Samples counts[i] completions of prompts[i]; equal and empty ones are shown once or not at all, as labelers see them.
 
     A completion's random numbers are keyed by (seed, its number, place of the prompt), so that more samples of a prompt
-    keep the ones it had.
+    keep the ones it had. `shown_as` is the name of a progress bar, on a terminal; None shows none.
     """
     ids = encode_prompts(tokenizer, prompts)
     jobs = [(k, i) for i, count in enumerate(counts) for k in range(count)]
@@ -47,6 +48,7 @@ def collect_completions(
         batch_size=batch_size,
         tokenizer=tokenizer,
         banned=banned_ids(policy, tokenizer),
+        shown_as=shown_as,
     )
     texts = decode_completions(tokenizer, tokens)
     shown: list[dict[str, bool]] = [{} for _ in prompts]
