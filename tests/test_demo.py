@@ -87,10 +87,10 @@ def test_the_demo_runs_from_nothing_to_a_summary(tmp_path, capfd, monkeypatch):
         "by_use_case"
     ]
     assert by_use_case and set(by_use_case) <= set(KINDS)
-    rows, recipe = watched_run(demo, rollouts=2, every=1, count=20, more=SMALL["ppo"])
-    assert [row["rollouts"] for row in rows] == [0, 1, 2] and recipe.kl_budget is not None
+    rows, stop = watched_run(demo, rollouts=2, every=1, count=20, more=[*SMALL["ppo"], "--kl_budget", "-1"])
+    assert [row["rollouts"] for row in rows] == [0, 1, 2] and stop == 1  # any KL is over such a budget
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-4) and rows[0]["win_rate"] == 0.5 and rows[2]["kl"] != rows[0]["kl"]
-    draw(rows, recipe.kl_budget, tmp_path / "curve.png")
+    draw(rows, stop, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     again = run(Demo(tmp_path / "again", "demo", 3, scale=0.02, overrides=SMALL))
     for one in (again, summary):

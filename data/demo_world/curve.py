@@ -21,8 +21,9 @@ from .judge import judge
 
 def watched_run(
     demo: Demo, rollouts: int, every: int, count: int, more: list[str]
-) -> tuple[list[dict[str, float]], Any]:
-    """One row for each look at the policy: rollouts done, KL, the reward model's score, the judge's utility; and the recipe."""
+) -> tuple[list[dict[str, float]], int]:
+    """One row for each look at the policy: rollouts done, KL, the reward model's score, the judge's utility; and after how many
+    rollouts the recipe stops, by the KL of its rollouts or their number."""
     from rlhf import config
     from rlhf.data.encode import encode_prompts
     from rlhf.rollout import Prompts
@@ -35,6 +36,7 @@ def watched_run(
     held_out = Prompts(encode_prompts(trainer.actors.tokenizer, texts), texts)
     rows: list[dict[str, float]] = []
     before: list[float] = []
+    stop = recipe.num_rollouts
     while True:
         if trainer.state.rollouts % every == 0:
             row, utility = look(trainer, held_out, before)
@@ -42,9 +44,11 @@ def watched_run(
             rows.append(row)
             print("  ".join(f"{name} {value:.3f}" for name, value in row.items()), flush=True)
         if trainer.state.rollouts >= rollouts:
-            return rows, recipe
-        trainer.step()
+            return rows, stop
+        _, line = trainer.step()
         trainer.state.rollouts += 1
+        if recipe.early_stop and recipe.kl_budget is not None and line["objective/kl"] > recipe.kl_budget:
+            stop = min(stop, trainer.state.rollouts)
 
 
 def new_trainer(args: Any) -> Any:
@@ -87,25 +91,32 @@ def look(trainer: Any, held_out: Any, before: list[float]) -> tuple[dict[str, fl
     return row, utility
 
 
-def draw(rows: list[dict[str, float]], budget: float | None, path: Path) -> None:
-    """Reward, judge and KL over the rollouts, side by side; a line where the KL passes the recipe's budget."""
+def draw(rows: list[dict[str, float]], stop: int, path: Path) -> None:
+    """Reward, judge and KL over the rollouts, with a line where the recipe stops; and reward and judge against the KL."""
     from matplotlib.figure import Figure
 
-    stop = next((row["rollouts"] for row in rows if budget is not None and row["kl"] > budget), None)
-    figure = Figure(figsize=(10.5, 2.9), layout="constrained")
-    axes = figure.subplots(1, 3)
+    figure = Figure(figsize=(12, 2.9), layout="constrained")
+    *axes, plane = figure.subplots(1, 4)
     titles = {"reward": "reward model's score", "utility": "judge's utility", "kl": "KL to SFT, nats a response"}
-    for axis, (name, title), colour in zip(axes, titles.items(), ("tab:blue", "tab:green", "tab:red")):
-        axis.plot([r["rollouts"] for r in rows], [r[name] for r in rows], color=colour, linewidth=2)
+    colours = dict(zip(titles, ("tab:blue", "tab:green", "tab:red")))
+    for axis, (name, title) in zip(axes, titles.items()):
+        axis.plot([r["rollouts"] for r in rows], [r[name] for r in rows], color=colours[name], linewidth=2)
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("PPO rollouts")
-        axis.spines[["top", "right"]].set_visible(False)
-        if stop is not None:
+        if stop <= rows[-1]["rollouts"]:
             axis.axvline(stop, color="grey", linestyle="--", linewidth=1)
-    if stop is not None:
+    if stop <= rows[-1]["rollouts"]:
         axes[1].annotate(
             "the recipe stops here", (stop, axes[1].get_ylim()[0]), (5, 5), textcoords="offset points", fontsize=9
         )
+    for axis, name in ((plane, "reward"), (plane.twinx(), "utility")):
+        axis.plot([r["kl"] for r in rows], [r[name] for r in rows], ".-", color=colours[name])
+        axis.tick_params(axis="y", colors=colours[name])
+        axis.spines["top"].set_visible(False)
+    plane.set_title("score and judge against KL", fontsize=11)
+    plane.set_xlabel("KL to SFT, nats a response")
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
@@ -126,10 +137,10 @@ def main() -> None:
 
     silence_libraries()
     demo = Demo(args.output_dir, args.run_name, args.seed)
-    rows, recipe = watched_run(demo, args.rollouts, args.every, args.prompts, more)
+    rows, stop = watched_run(demo, args.rollouts, args.every, args.prompts, more)
     out = args.out or args.output_dir / args.run_name / "curve.png"
-    draw(rows, recipe.kl_budget, out)
-    out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    draw(rows, stop, out)
+    out.with_suffix(".json").write_text(json.dumps({"stop": stop, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
