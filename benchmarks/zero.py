@@ -3,9 +3,8 @@
     python benchmarks/zero.py                  # three rounds of one process, ZeRO 2, ZeRO 3; some minutes
     python benchmarks/zero.py --rounds 5 --stages ppo --profile
 
-The model and the batches are the demo's (configs/*/demo.yaml): a GPT-2 of two layers by 128 with 640 tokens; 16 demonstrations,
-16 prompts with 4 to 9 ranked completions, 256 episodes in 8 optimiser steps. Texts are random words with the demo's lengths, the
-weights are random: what is learned does not matter to the time.
+The model and the batches are those of the demo's recipes (configs/*/demo.yaml). Texts are random words of about the demo's lengths,
+the weights are random: what is learned does not matter to the time.
 
 The global batch is the same everywhere, and so are the threads: one process has as many as the two have together. Start-up and
 the first steps of each stage are left out. Launches alternate, so that what else the machine does falls on all; the table has the
@@ -36,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2, help="of a launch, over all of its processes")
-    parser.add_argument("--episodes", type=int, default=256, help="of a PPO rollout, in 8 optimiser steps")
+    parser.add_argument("--episodes", type=int, default=256, help="of a PPO rollout")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--launches", nargs="+", choices=LAUNCHES, default=list(LAUNCHES))
     parser.add_argument("--profile", action="store_true")
@@ -60,7 +59,13 @@ def main() -> None:
 
 
 def show(args: argparse.Namespace, seconds: dict[tuple[str, str], list[float]], load: list[float]) -> None:
-    print(f"milliseconds a step (PPO: a rollout of {args.episodes} episodes with its 8 steps), median;")
+    base, ppo = yaml_of("pretrain"), yaml_of("ppo")
+    print(
+        f"{base['num_hidden_layers']} layers of {base['hidden_size']}, {base['vocab_size']} tokens; milliseconds a step, median"
+    )
+    print(
+        f"(PPO: a rollout of {args.episodes} episodes with its {ppo['num_mini_batches'] * ppo['num_ppo_epochs']} optimiser steps);"
+    )
     print(f"{args.threads} threads in each launch;", end=" ")
     print(f"{args.rounds} rounds; load average {min(load):.1f} to {max(load):.1f} on {os.cpu_count()} cores")
     print(f"{'':8}" + "".join(f"{name:>16}" for name in args.launches))
