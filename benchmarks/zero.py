@@ -3,8 +3,8 @@
     python benchmarks/zero.py                  # three rounds of one process, ZeRO 2, ZeRO 3; some minutes
     python benchmarks/zero.py --rounds 5 --stages ppo --profile
 
-The model and the batches are those of the demo's recipes (configs/*/demo.yaml). Texts are random words of about the demo's lengths,
-the weights are random: what is learned does not matter to the time.
+The model and the batches are those of the demo's recipes (configs/*/demo.yaml). Texts are random words of about the demo's
+lengths, the weights are random: what is learned does not matter to the time.
 
 The global batch is the same everywhere, and so are the threads: one process has as many as the two have together. Start-up and
 the first steps of each stage are left out. Launches alternate, so that what else the machine does falls on all; the table has the
@@ -60,12 +60,11 @@ def main() -> None:
 
 def show(args: argparse.Namespace, seconds: dict[tuple[str, str], list[float]], load: list[float]) -> None:
     base, ppo = yaml_of("pretrain"), yaml_of("ppo")
+    steps = ppo["num_mini_batches"] * ppo["num_ppo_epochs"]
     print(
-        f"{base['num_hidden_layers']} layers of {base['hidden_size']}, {base['vocab_size']} tokens; milliseconds a step, median"
+        f"{base['num_hidden_layers']} layers of {base['hidden_size']}, {base['vocab_size']} tokens; milliseconds a step,"
     )
-    print(
-        f"(PPO: a rollout of {args.episodes} episodes with its {ppo['num_mini_batches'] * ppo['num_ppo_epochs']} optimiser steps);"
-    )
+    print(f"median (PPO: a rollout of {args.episodes} episodes with its {steps} optimiser steps);")
     print(f"{args.threads} threads in each launch;", end=" ")
     print(f"{args.rounds} rounds; load average {min(load):.1f} to {max(load):.1f} on {os.cpu_count()} cores")
     print(f"{'':8}" + "".join(f"{name:>16}" for name in args.launches))
