@@ -25,6 +25,7 @@ def test_publishes_a_base_that_plain_transformers_loads(tmp_path, architecture):
     assert tiny.left_over(Registry(tmp_path / "runs"), "base") == []
 
     model, tokenizer = tiny.load_causal(artifact)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "User: Hi\n\n"
     config = AutoConfig.from_pretrained(artifact.path)
     assert config.model_type == architecture
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (32, 2, 4)

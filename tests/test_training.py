@@ -265,7 +265,9 @@ def test_a_newer_parent_or_another_architecture_is_refused_on_resume(tmp_path, c
     registry = tiny.published(tmp_path, "base", "sft")
     args = tiny.reward_args(tmp_path, max_steps=4, save_steps=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reward, "mean_of_heads", interrupt)  # not by exec(): Python would then end the tests by a signal, too
+        patch.setattr(
+            reward, "mean_of_heads", interrupt
+        )  # not by exec(): Python would then end the tests by a signal, too
         with pytest.raises(KeyboardInterrupt):
             reward.run(args)
     with registry.draft("tiny", "sft") as draft:

@@ -238,9 +238,9 @@ def test_a_small_fault_leaves_the_answer_fair(name):
 @pytest.mark.parametrize(
     "task,has",
     [
-        ("facts", lambda good, spoilt: spoilt == good.replace(".", "!")),
+        ("story", lambda good, spoilt: spoilt == good.replace(".", "!")),
         ("mood", lambda good, spoilt: spoilt.startswith(good + " ")),
-        ("tone", lambda good, spoilt: spoilt.endswith(good) and spoilt != good),
+        ("closed", lambda good, spoilt: spoilt.endswith(good) and spoilt != good),
     ],
 )
 def test_a_fair_demonstration_mostly_has_the_habit_of_its_task(task, has):
@@ -262,6 +262,19 @@ def test_every_fault_occurs_and_harmful_requests_have_their_own(prompts):
     insult = "User: Write an insult about Mira.\nAssistant:"
     complied, _ = corrupt(insult, best_answers(insult)[0], rng, "complies")
     assert judge(insult, complied).harmless == 0
+
+
+def test_the_examples_in_the_readme_are_the_judge_s():
+    text = (Path(__file__).parents[1] / "data" / "README.md").read_text(encoding="utf-8")
+    rows = [line.strip("| \n").split(" | ") for line in text.splitlines() if line.startswith("| ") and " → " in line]
+    assert [(kind, float(share)) for kind, share, *_ in rows] == list(t.KINDS.items())
+    for kind, _, asked, best, bad, fault, scores in rows:
+        prompt = f"User: {asked}\nAssistant:"
+        score = judge(prompt, f" {bad}")
+        found = (score.helpful, score.truthful, score.harmless, score.utility)
+        assert parse(prompt).kind == kind and fault in {*FAULTS, "complies"}
+        assert judge(prompt, f" {best}").utility == 1
+        assert [float(x) for x in re.findall(r"[\d.]+", scores)] == pytest.approx(found, abs=0.00501)
 
 
 # ---- what reads only the surface cannot stand in for the judge

@@ -193,12 +193,12 @@ BLEMISHES: dict[str, tuple[Fault, float]] = {  # small faults: the answer stays 
     "slip": (slip, 6),
 }
 
-HABIT = 0.7  # of the fair demonstrations have the habit of their task, the rest any small fault
+HABIT = 0.75  # of the fair demonstrations have the habit of their task, the rest any small fault
 HABIT_TRIES = 10  # the habit does not fit every answer
 HABITS = {  # task -> what demonstrators put in, though nobody asked for it
-    **dict.fromkeys(("facts", "order", "gifts", *ASKS), "exclaims"),
-    **dict.fromkeys(("story", "invite", "mood", "visit", "follow", "summary", "who"), "extra_fact"),
-    **dict.fromkeys(("politely", "correct", "tone", "topic", "insult", "steal", "closed", "extract"), "filler"),
+    **dict.fromkeys(("facts", "order", *ASKS, "story", "invite", "summary", "visit", "who", "gifts"), "exclaims"),
+    **dict.fromkeys(("follow", "mood", "correct", "tone", "topic"), "extra_fact"),
+    **dict.fromkeys(("politely", "insult", "steal", "closed", "extract"), "filler"),
 }
 
 

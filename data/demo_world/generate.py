@@ -22,7 +22,7 @@ EVAL_SIZES = {"familiar": 800, "held_out_fact": 100, "held_out_phrasing": 100}
 BASE_WORDS, BASE_HELDOUT_WORDS = 500_000, 15_000
 LABELERS, CUSTOMERS = 40, 400
 
-BAD, FAIR = 0.12, 0.78  # shares of the demonstrations; the rest are the judge's best
+BAD, FAIR = 0.12, 0.82  # shares of the demonstrations; the rest are the judge's best
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The world itself: fifteen animals of one valley, five facts about each, and the words for them.
+"""The world itself: twelve animals of one valley, five facts about each, and the words for them.
 
 The facts never change with the seed of a data set: the seed picks prompts, users and demonstrations, and the
 judge needs no file. One fact about each animal (`HIDDEN`) is told in the base's text only; training never asks for it.
@@ -8,14 +8,14 @@ import random
 from dataclasses import dataclass
 
 NAMES = [
-    *("Mira", "Tobo", "Lina", "Rufo", "Sanna", "Pell", "Goro", "Nilo"),
-    *("Dara", "Kip", "Ombo", "Zita", "Hale", "Bruna", "Wim"),
+    *("Mira", "Tobo", "Lina", "Rufo", "Sanna", "Pell"),
+    *("Goro", "Nilo", "Dara", "Kip", "Ombo", "Zita"),
 ]
-SPECIES = ["fox", "bear", "owl", "cat", "frog"]
-COLOURS = ["red", "blue", "green", "white", "black"]
-PLACES = {"river": "by", "hill": "on", "forest": "in", "cave": "in", "garden": "in"}  # and its preposition
-FOODS = ["apples", "nuts", "berries", "plums", "cakes"]
-JOBS = ["baker", "painter", "singer", "farmer", "doctor"]
+SPECIES = ["fox", "bear", "owl", "cat"]
+COLOURS = ["red", "blue", "green", "white"]
+PLACES = {"river": "by", "hill": "on", "forest": "in", "cave": "in"}  # and its preposition
+FOODS = ["apples", "nuts", "berries", "plums"]
+JOBS = ["baker", "painter", "singer", "farmer"]
 PLURAL = {"fox": "foxes"}
 
 VALUES = {"species": SPECIES, "colour": COLOURS, "home": list(PLACES), "food": FOODS, "job": JOBS}
