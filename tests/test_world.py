@@ -34,6 +34,7 @@ from demo_world import templates as t
 from demo_world.faults import BLEMISHES, HABIT
 from demo_world.generate import SIZES, generate
 from demo_world.held_out import compose_open, hidden_in
+from demo_world.labelers import STEPS
 from demo_world.requests import Request, draw_slots, identity
 from demo_world.world import FACTS, HIDDEN, VALUES, verb_phrase
 
@@ -281,13 +282,14 @@ def test_the_examples_in_the_readme_are_the_judge_s():
 
 
 def surface_pairs(seed: int, n: int) -> list[tuple[str, str]]:
-    """(better, worse) answers to one prompt: best or fair against bad."""
+    """(better, worse) of two answers to one prompt, both about as an SFT model samples them, a step of the labelers' apart."""
     rng, pairs = random.Random(seed), []
-    for kind in rng.choices(list(t.KINDS), list(t.KINDS.values()), k=n):
-        prompt = render(sample(rng, kind))
-        good = compose(parse(prompt), rng)
-        better = blemish(prompt, good, rng) if rng.random() < 0.35 else good
-        pairs.append((better, corrupt(prompt, good, rng)[0]))
+    while len(pairs) < n:
+        prompt = render(sample(rng, rng.choices(list(t.KINDS), list(t.KINDS.values()))[0]))
+        one, other = (spoil(rng, prompt, compose(parse(prompt), rng)) for _ in range(2))
+        steps = [round((STEPS - 1) * judge(prompt, answer).utility) for answer in (one, other)]
+        if steps[0] != steps[1]:
+            pairs.append((one, other) if steps[0] > steps[1] else (other, one))
     return pairs
 
 
@@ -314,12 +316,12 @@ def accuracy(score, pairs: list[tuple[str, str]]) -> float:
 
 
 def test_neither_length_nor_a_bag_of_words_can_stand_in_for_the_judge():
-    weights = bag_of_words(surface_pairs(1, 3000))
+    weights = bag_of_words(surface_pairs(1, 2500))
     held_out = surface_pairs(2, 1000)
     by_words = accuracy(lambda text: sum(weights[word] * count for word, count in words(text).items()), held_out)
     by_length = accuracy(len, held_out)
-    assert 0.5 < by_words <= 0.77
-    assert 0.35 < by_length < 0.65
+    assert 0.5 < by_words <= 0.73
+    assert 0.3 < by_length < 0.65
 
 
 # ---- labelers
