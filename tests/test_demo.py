@@ -19,11 +19,18 @@ from demo_world.templates import KINDS
 from rlhf.registry import Registry
 
 SMALL = {
-    "base": ["--max_steps", "30"],
-    "sft": ["--max_steps", "20"],
-    "rm": ["--max_steps", "5"],
-    "ppo": ["--total_episodes", "64", "--batch_size", "32", "--num_mini_batches", "2", "--eval_episodes", "8"],
+    "base": {"max_steps": 30},
+    "sft": {"max_steps": 20},
+    "rm": {"max_steps": 5},
+    "ppo": {"total_episodes": 64, "batch_size": 32, "num_mini_batches": 2, "eval_episodes": 8},
 }
+
+
+def words(options):
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+OVERRIDES = {stage: words(options) for stage, options in SMALL.items()}
 GROUPS = {"familiar": 80, "held_out_fact": 20, "held_out_phrasing": 20}
 CANONICAL = {"prompt", "completions", "ranks", "ended", "labeler", "user", "use_case"}
 FIGURES = {
@@ -60,7 +67,7 @@ def test_the_demo_runs_from_nothing_to_a_summary(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr("demo_world.generate.EVAL_SIZES", GROUPS)  # models that know nothing answer at length
     monkeypatch.setattr("demo_world.evaluate.RM_PROMPTS", 40)
 
-    demo = Demo(tmp_path, "demo", 3, scale=0.02, overrides=SMALL)
+    demo = Demo(tmp_path, "demo", 3, scale=0.02, overrides=OVERRIDES)
     summary = run(demo)
     assert json.loads((tmp_path / "demo" / "summary.json").read_text()) == json.loads(json.dumps(summary))
     assert summary.keys() >= FIGURES
@@ -87,12 +94,17 @@ def test_the_demo_runs_from_nothing_to_a_summary(tmp_path, capfd, monkeypatch):
         "by_use_case"
     ]
     assert by_use_case and set(by_use_case) <= set(KINDS)
-    rows, stop = watched_run(demo, rollouts=2, every=1, count=20, more=[*SMALL["ppo"], "--kl_budget", "-1"])
-    assert [row["rollouts"] for row in rows] == [0, 1, 2] and stop == 1  # any KL is over such a budget
+    long = SMALL["ppo"] | {
+        "total_episodes": 128,
+        "learning_rate": 0.05,
+        "kl_budget": 0.001,
+    }  # passed in the second rollout
+    rows, stop = watched_run(demo, rollouts=3, every=1, count=20, more=words(long))
+    assert [row["rollouts"] for row in rows] == [0, 1, 2, 3] and stop == 2
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-4) and rows[0]["win_rate"] == 0.5 and rows[2]["kl"] != rows[0]["kl"]
     draw(rows, stop, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-    again = run(Demo(tmp_path / "again", "demo", 3, scale=0.02, overrides=SMALL))
+    again = run(Demo(tmp_path / "again", "demo", 3, scale=0.02, overrides=OVERRIDES))
     for one in (again, summary):
         del one["seconds"], one["peak_memory_gib"]
     assert again == summary
