@@ -503,13 +503,13 @@ def test_training_asks_for_everything_that_evaluation_asks_for(files):
 
 
 @pytest.mark.slow
-def test_the_paper_s_sizes(tmp_path):
-    """Ten times the default: evaluation stays as it is, and small kinds that run out of new prompts repeat theirs."""
-    told = generate(tmp_path, seed=0, scale=10)
+def test_sizes_above_the_default_s(tmp_path):
+    """Evaluation stays as it is, and small kinds that run out of new prompts repeat theirs."""
+    told = generate(tmp_path, seed=0, scale=4)
     assert told["counts"]["eval_prompts"] == 1000
     for name, size in SIZES.items():
-        assert told["counts"][name] >= 10 * size
-        assert told["percent_by_kind"][name] == pytest.approx(t.KINDS, abs=0.1)
+        assert told["counts"][name] >= 4 * size
+        assert told["percent_by_kind"][name] == pytest.approx(t.KINDS, abs=0.5)
 
 
 def examples(record: dict) -> set[str]:
