@@ -505,10 +505,10 @@ def test_training_asks_for_everything_that_evaluation_asks_for(files):
 @pytest.mark.slow
 def test_sizes_above_the_default_s(tmp_path):
     """Evaluation stays as it is, and small kinds that run out of new prompts repeat theirs."""
-    told = generate(tmp_path, seed=0, scale=4)
+    told = generate(tmp_path, seed=0, scale=3)
     assert told["counts"]["eval_prompts"] == 1000
     for name, size in SIZES.items():
-        assert told["counts"][name] >= 4 * size
+        assert told["counts"][name] >= 3 * size
         assert told["percent_by_kind"][name] == pytest.approx(t.KINDS, abs=0.5)
 
 
