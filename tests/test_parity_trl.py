@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch.testing import assert_close
 
 from rlhf import objectives, ppo
-from rlhf.config import STAGE_ARGS, PPOArgs
+from rlhf.config import STAGE_ARGS, ConfigError, PPOArgs
 from rlhf.rollout import Actors, Rollout
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +41,7 @@ def relative(a, b):
     return parity.deviation(torch.as_tensor(a), torch.as_tensor(b))
 
 
-def same(a, b):
+def assert_same(a, b):
     assert relative(a, b) <= TOLERANCE
 
 
@@ -110,12 +110,14 @@ def test_the_score_is_on_the_last_token_and_not_one_place_later():
     rewards = objectives.shaped_rewards(trl["scores"], kl, run.mask, run.settings.kl_coef)
     with_place = (length < parity.RESPONSE_LENGTH).nonzero().squeeze(1)
     at_last, after_last = (with_place, length[with_place] - 1), (with_place, length[with_place])
-    same(trl["rewards"][after_last], trl["scores"][with_place])
+    assert_same(trl["rewards"][after_last], trl["scores"][with_place])
     assert not rewards[~run.mask].any()
-    same(rewards[at_last] - trl["rewards"][at_last], trl["scores"][with_place])
-    same(rewards.sum(1), trl["rewards"].sum(1))  # the same reward in all, and without a place after it the same place
+    assert_same(rewards[at_last] - trl["rewards"][at_last], trl["scores"][with_place])
+    assert_same(
+        rewards.sum(1), trl["rewards"].sum(1)
+    )  # the same reward in all, and without a place after it the same place
     full = length == parity.RESPONSE_LENGTH
-    same(rewards[full], trl["rewards"][full])
+    assert_same(rewards[full], trl["rewards"][full])
 
 
 def test_no_value_is_learned_after_the_last_token():
@@ -129,7 +131,7 @@ def test_no_value_is_learned_after_the_last_token():
     loss = objectives.clipped_value_loss(rollout["values"], rollout["values"], trl["returns"], run.mask)
     more = 0.5 * (trl["values"] - trl["returns"])[extra].square().sum()
     places = run.mask.sum() + extra.sum()
-    same((loss * run.mask.sum() + more) / places, trl["backward0.vf_loss"])
+    assert_same((loss * run.mask.sum() + more) / places, trl["backward0.vf_loss"])
     assert relative(loss, trl["backward0.vf_loss"]) > 1e-3
 
 
@@ -138,7 +140,7 @@ def test_variance_is_biased():
     raw = captured("plain")["returns"] - captured("plain")["values"]
     n = run.mask.sum()
     whitened = objectives.masked_whiten(raw, run.mask)
-    same(whitened * ((n - 1) / n).sqrt(), captured("plain")["advantages"])
+    assert_same(whitened * ((n - 1) / n).sqrt(), captured("plain")["advantages"])
     assert relative(whitened, captured("plain")["advantages"]) > 0.5 / n
 
 
@@ -146,7 +148,7 @@ def test_whitening_is_over_all_processes():
     parts = [captured("two_processes", process) for process in range(2)]
     raw, masks = [part["returns"] - part["values"] for part in parts], [part["mask"] for part in parts]
     for part, x, mask in zip(parts, raw, masks):  # TRL: each process has mean 0 for itself
-        same(objectives.masked_whiten(x, mask, parity.unbiased(x, mask)), part["advantages"])
+        assert_same(objectives.masked_whiten(x, mask, parity.unbiased(x, mask)), part["advantages"])
         assert abs(objectives.masked_mean(part["advantages"], mask)) < 1e-6
     merged = objectives.merge_moments(objectives.moments(x, mask) for x, mask in zip(raw, masks))
     whitened = [objectives.masked_whiten(x, mask, merged) for x, mask in zip(raw, masks)]
@@ -170,14 +172,14 @@ def test_losses_are_over_all_tokens_of_the_minibatch():
     for micro_batches in (one.micro_batches[:1], four.micro_batches):
         losses = [run.losses(rollout, index, tokens, places) for index in micro_batches]
         mine.append(gradient_of(run.gradients(sum(p + run.settings.vf_coef * v for p, v in losses))))
-    same(mine[1], mine[0])
-    same(mine[0], trl[0])  # with one micro-batch the mean over tokens is TRL's too
+    assert_same(mine[1], mine[0])
+    assert_same(mine[0], trl[0])  # with one micro-batch the mean over tokens is TRL's too
 
 
 def test_pad_is_excluded_from_the_distribution():
     run, trl = ours("plain"), captured("plain")
     with torch.no_grad():
-        same(run.logp("policy")[run.mask], trl["logprobs"][run.mask])
+        assert_same(run.logp("policy")[run.mask], trl["logprobs"][run.mask])
         run.banned = torch.tensor([parity.PAD])
         without_pad = run.logp("policy")[run.mask]
     gain = without_pad - trl["logprobs"][run.mask]
@@ -188,8 +190,15 @@ def test_temperature_is_what_the_config_says():
     """TRL adds 1e-7, so that a temperature of 0 is none: too little to see, and we refuse 0 instead."""
     run = ours("plain")
     run.temperature = run.settings.temperature
+    theirs = captured("plain")["logprobs"][run.mask]
     with torch.no_grad():
-        same(run.logp("policy")[run.mask], captured("plain")["logprobs"][run.mask])
+        assert_same(run.logp("policy")[run.mask], theirs)
+        run.temperature *= 1.01
+        assert (
+            relative(run.logp("policy")[run.mask], theirs) > 10 * TOLERANCE
+        )  # what is seen of a temperature of its own
+    with pytest.raises(ConfigError, match="temperature"):
+        PPOArgs(run_name="a", temperature=0.0)
 
 
 # --- our loop itself, without any switch but whitening
@@ -250,10 +259,10 @@ def test_our_loop_has_trl_s_gradient_where_responses_are_of_one_length(size):
     sums = trainer.update(rollout_of(run, trl), trl["advantages"], trl["returns"], torch.arange(8))
     assert len(steps) == 1
     for name in ("policy", "critic"):
-        same(gradient_of(steps[0], name), gradient_of(trl.group("step0.gradient."), name))
+        assert_same(gradient_of(steps[0], name), gradient_of(trl.group("step0.gradient."), name))
     losses = [torch.stack([trl[f"backward{i}.{name}"] for i in range(4)]).mean() for name in ("pg_loss", "vf_loss")]
     assert abs(sums["loss/policy"] - losses[0]) < 1e-6  # both are 0 but for rounding: the mean of whitened advantages
-    same(sums["loss/value"], losses[1])
+    assert_same(sums["loss/value"], losses[1])
 
 
 def test_a_step_is_taken_for_each_minibatch():
@@ -275,7 +284,7 @@ def test_gradients_are_clipped_for_policy_and_critic_each():
     trainer, steps = trainer_on(run, max_grad_norm=0.05)
     trainer.update(rollout_of(run, trl), trl["advantages"], trl["returns"], torch.arange(8))
     for name in ("policy", "critic"):
-        same(gradient_of(steps[0], name).norm(), 0.05)
+        assert_same(gradient_of(steps[0], name).norm(), 0.05)
 
 
 def test_on_full_length_responses_only_whitening_differs():
@@ -285,10 +294,12 @@ def test_on_full_length_responses_only_whitening_differs():
     kl = objectives.kl_penalty(rollout.logp, rollout.logp_ref)
     rewards = objectives.shaped_rewards(rollout.scores, kl, rollout.mask, run.settings.kl_coef)
     advantages, returns = objectives.gae(rewards, rollout.values, rollout.mask, run.settings.gamma, run.settings.lam)
-    same(rewards, trl["rewards"])
-    same(returns, trl["returns"])
+    assert_same(rewards, trl["rewards"])
+    assert_same(returns, trl["returns"])
     n = rollout.mask.sum()
-    same(objectives.masked_whiten(advantages, rollout.mask) * ((n - 1) / n).sqrt(), trl["advantages"])
+    white = objectives.masked_whiten(advantages, rollout.mask)
+    assert relative(white, trl["advantages"]) > TOLERANCE
+    assert_same(white * ((n - 1) / n).sqrt(), trl["advantages"])
 
 
 # --- docs/ppo.md

@@ -226,7 +226,7 @@ def peak_bytes(run):
     return top
 
 
-def check_peak(estimate, run):
+def assert_peak(estimate, run):
     """Within 15 %; the figure goes to the report of the run (pytest -rP)."""
     measured = peak_bytes(run)
     print(f"estimate / measured = {estimate:.0f} / {measured} = {estimate / measured:.3f}")
@@ -259,7 +259,7 @@ def test_peak_of_sft(kind, sizes):
     # The config has residual dropout alone; a GPT-2 checkpoint drops attention weights, too.
     shape = dataclasses.replace(shape, attention_dropout=0.0)
     estimate = memory.sft(job_of(shape, sft_length=160), Setup("single", micro=4))
-    check_peak(estimate.parts["activations"], run)
+    assert_peak(estimate.parts["activations"], run)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -279,7 +279,7 @@ def test_peak_of_the_reward_model(kind, sizes, checkpointing):
     estimate = memory.rm(
         job_of(shape, rm_length=120, completions=4), Setup("single", checkpointing=checkpointing, micro=2)
     )
-    check_peak(estimate.parts["activations"], run)
+    assert_peak(estimate.parts["activations"], run)
 
 
 def rows_of(rows, prompt, response, vocab):
@@ -307,7 +307,7 @@ def test_peak_of_a_ppo_update(kind, sizes, checkpointing):
 
     job = job_of(shape, reward, prompt=60, response=60, ptx=False)
     estimate = memory.ppo_update(job, Setup("single", checkpointing=checkpointing, micro=4))
-    check_peak(estimate, run)
+    assert_peak(estimate, run)
 
 
 @models
@@ -320,7 +320,7 @@ def test_peak_of_scoring(kind, sizes):
             response_logp(policy, rows, 1.0, torch.tensor([1]))
 
     estimate = memory.ppo(job_of(shape, prompt=40, response=40), Setup("single", rollout=8)).phases["score"]
-    check_peak(estimate["activations"], run)
+    assert_peak(estimate["activations"], run)
 
 
 @models
@@ -335,7 +335,7 @@ def test_peak_of_generation(kind, sizes, prompt, response):
         generate(policy, prompts, draws, temperature=1.0, eos_token_id=2, pad_token_id=1, banned=banned)
 
     phases = memory.ppo(job_of(shape, prompt=prompt, response=response), Setup("single", rollout=16)).phases
-    check_peak(max(phases[name]["kv_cache"] + phases[name]["activations"] for name in ("prefill", "decode")), run)
+    assert_peak(max(phases[name]["kv_cache"] + phases[name]["activations"] for name in ("prefill", "decode")), run)
 
 
 def test_critic_values_need_no_logits():
