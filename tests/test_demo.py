@@ -86,7 +86,8 @@ def test_the_demo_runs_from_nothing_to_a_summary(tmp_path, capfd, monkeypatch):
     examples = json.loads((tmp_path / "demo" / "examples.json").read_text())
     assert len(examples) == 3 and all(example["answers"].keys() == {"base", "sft", "ppo"} for example in examples)
     for example in examples:
-        assert example["prompt"].split()[-1] in shown and "utility" in shown
+        asked, *_ = example["prompt"].removeprefix("User: ").split("\n")
+        assert "".join(asked.split()) in "".join(shown.split())
     assert summary["peak_memory_gib"] < 4 and abs(summary["rm_demonstrations_mean"]) < 0.01
     compared = read(tmp_path / "demo" / "data" / "comparisons.jsonl")
     assert all(c.keys() <= CANONICAL for c in compared)  # nothing of the judge but the labelers' ranks
@@ -117,6 +118,17 @@ def test_the_true_order_has_ties_where_the_judge_sees_none_better():
     utilities = [judge(prompt, text).utility for text in answers]
     assert utilities[0] > utilities[1] > utilities[2] and round(utilities[1]) == round(utilities[2]) == 0
     assert true_ranks(prompt, answers, steps=None) == [1, 2, 3] and true_ranks(prompt, answers, steps=2) == [1, 2, 2]
+
+
+def test_an_answer_that_looks_like_markup_is_shown_as_it_is(capsys):
+    from demo_world.terminal import side_by_side
+    from rich.console import Console
+
+    score = dict.fromkeys(("helpful", "truthful", "harmless", "utility"), 1.0)
+    answers = {"sft": {"text": " a [/b] c", **score}, "ppo": {"text": " [red]d", **score}}
+    Console().print(side_by_side({"prompt": "User: [/i] what?\nAssistant:", "answers": answers}))
+    shown = capsys.readouterr().out
+    assert "a [/b] c" in shown and "[red]d" in shown and "[/i] what?" in shown
 
 
 def test_random_labelers_are_asked_for_by_name(tmp_path):

@@ -215,10 +215,11 @@ def test_held_out_labelers_and_ensembles_are_in_table_and_figure(tmp_path, capsy
     assert "std of a margin 0.250; accuracy each 0.500, 0.750" in told and "their mean reward accuracy 1.000" in told
 
 
-def test_one_pair_and_none():
+def test_one_pair_and_none(capsys):
     """Small data give what they give, and never a NaN, which JSON does not have."""
     for rankings in ([ranking([1, 2], [0.0, 0.0])], []):
         found = rr.report(rankings, {"demonstrations": []})
-        json.dumps(found, allow_nan=False)
+        assert "NaN" not in json.dumps(found, allow_nan=False)
         rr.print_report(found, "none")
-        rr.summary(found)
+        assert "none" in capsys.readouterr().out
+        assert rr.summary(found)["pairs"] == len(rankings)

@@ -22,6 +22,11 @@ EVAL_SIZES = {"familiar": 800, "held_out_fact": 100, "held_out_phrasing": 100}
 BASE_WORDS, BASE_HELDOUT_WORDS = 500_000, 15_000
 LABELERS, CUSTOMERS = 40, 400
 
+TRIES, TRIES_FOR_A_NEW_ONE = (
+    500,
+    30,
+)  # for a request that fits, and for one that was not used: a small kind may have no more
+
 BAD, FAIR = 0.12, 0.82  # shares of the demonstrations; the rest are the judge's best
 
 
@@ -50,8 +55,8 @@ class Writer:
         hidden: every right answer tells a held-out fact; otherwise some right answer does without.
         """
         found = None
-        for attempt in range(500):
-            if found is not None and attempt >= 30:
+        for attempt in range(TRIES):
+            if found is not None and attempt >= TRIES_FOR_A_NEW_ONE:
                 break
             request = sample(self.rng, kind, **options)
             if identity(request) in self.taken or (not hidden and hidden_in(request)):
@@ -65,7 +70,7 @@ class Writer:
                 break
         if found is None:
             raise RuntimeError(f"no request of kind {kind!r} is left that evaluation does not ask for")
-        self.used.add(found[0])  # at large scales a small kind runs out of new prompts, and repeats one
+        self.used.add(found[0])
         return found
 
     def opening(self, request: Request, few_shot: float, setting: float) -> tuple[str, str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from rich.tree import Tree
 
 console = Console(stderr=True)
@@ -74,12 +75,13 @@ def interval(ci: list[float], sign: str = "") -> str:
 
 
 def side_by_side(example: dict[str, Any]) -> Table:
-    table = Table(title=example["prompt"].strip(), title_justify="left", show_lines=True, min_width=80)
+    title = Text(example["prompt"].strip(), style="table.title")  # what a model writes may look like markup
+    table = Table(title=title, title_justify="left", show_lines=True, min_width=80)
     for name in ("", "answer", "help", "truth", "harm", "utility"):
         table.add_column(name, ratio=1 if name == "answer" else None)
     for name, a in example["answers"].items():
         scores = (f"{a[part]:.2f}" for part in ("helpful", "truthful", "harmless", "utility"))
-        table.add_row(name, a["text"].strip(), *scores)
+        table.add_row(name, Text(a["text"].strip()), *scores)
     return table
 
 

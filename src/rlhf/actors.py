@@ -178,5 +178,5 @@ def make_rewards(args: PPOArgs, sources: Sequence[Source], models: Sequence[Any]
         model_reward(name, weight, model, tokenizer.pad_token_id, args.per_device_rollout_batch_size)
         for name, weight, model in zip(names, weights, models)
     ]
-    functions = zip(args.reward_functions, names[len(models) :], weights[len(models) :])
-    return rewards + [function_reward(reference, weight, name) for reference, name, weight in functions]
+    functions = zip(names[len(models) :], weights[len(models) :], args.reward_functions)
+    return rewards + [function_reward(name, weight, reference) for name, weight, reference in functions]

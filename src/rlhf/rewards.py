@@ -69,11 +69,8 @@ def model_reward(name: str, weight: float, model: Any, pad_token_id: int, batch_
     return Reward(name, weight, score, model)
 
 
-def function_reward(reference: str, weight: float, name: str | None = None) -> Reward:
-    """`package.module:function`, called as function(prompts, completions, **columns), which returns a float for each.
-
-    name: what figures call it; by default the function's own.
-    """
+def function_reward(name: str, weight: float, reference: str) -> Reward:
+    """`package.module:function`, called as function(prompts, completions, **columns), which returns a float for each."""
     function = find_function(reference)
 
     def score(episodes: Episodes) -> Tensor:
@@ -83,7 +80,7 @@ def function_reward(reference: str, weight: float, name: str | None = None) -> R
             raise RewardError(f"reward function {reference} raised {_in_one_line(error)}") from error
         return torch.tensor(_checked(values, len(episodes), reference))
 
-    return Reward(name or reference.partition(":")[2], weight, score)
+    return Reward(name, weight, score)
 
 
 def find_function(reference: str) -> Callable[..., Any]:

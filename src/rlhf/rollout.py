@@ -277,24 +277,22 @@ def sample_responses(
     decode = generate_in_place if policy.device.type == "cuda" and can_preallocate(policy) else generate
     responses: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
-    bar = tqdm(
-        total=len(prompts), desc=shown_as, unit=" answers", leave=False, disable=True if shown_as is None else None
-    )
-    for batch in batches([len(p) for p in prompts], batch_size):
-        with eagerly(policy):
-            found, stopped = decode(
-                policy,
-                [prompts[i] for i in batch],
-                torch.stack([uniforms(*keys[i], response_length) for i in batch]),
-                temperature=temperature,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                banned=banned,
-            )
-        for i, response, stop in zip(batch, found, stopped):
-            responses[i], ended[i] = response, stop
-        bar.update(len(batch))
-    bar.close()
+    off = True if shown_as is None else None  # None: off where there is no terminal
+    with tqdm(total=len(prompts), desc=shown_as, unit=" answers", leave=False, disable=off) as bar:
+        for batch in batches([len(p) for p in prompts], batch_size):
+            with eagerly(policy):
+                found, stopped = decode(
+                    policy,
+                    [prompts[i] for i in batch],
+                    torch.stack([uniforms(*keys[i], response_length) for i in batch]),
+                    temperature=temperature,
+                    eos_token_id=tokenizer.eos_token_id,
+                    pad_token_id=tokenizer.pad_token_id,
+                    banned=banned,
+                )
+            for i, response, stop in zip(batch, found, stopped):
+                responses[i], ended[i] = response, stop
+            bar.update(len(batch))
     return responses, ended
 
 
