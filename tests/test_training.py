@@ -541,14 +541,13 @@ def test_scripts_end_in_one_line_and_status_2(tmp_path):
 # The ways to start a run
 
 
-def test_make_without_a_recipe_launches_the_demo_s(tmp_path):
+def test_make_without_a_recipe_launches_the_demo_s():
     """With RUN=demo, too, which the messages about missing stages say; words of one's own are a run of one's own."""
 
     def launched(*words):
-        command = ["make", "-n", "-o", "setup", *words]
-        return subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True, check=True).stdout.split(
-            "scripts/"
-        )[1]
+        done = tiny.launch(["make", "-n", "-o", "setup", *words])
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split("scripts/")[1]
 
     assert launched("ppo").split() == launched("ppo", "RUN=demo").split() == ["ppo.py"]
     assert launched("rm", "RUN=hh", "CONFIG=a.yaml").split() == ["reward.py", "--config", "a.yaml", "--run_name", "hh"]

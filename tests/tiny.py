@@ -192,9 +192,15 @@ def left_over(registry, stage):
 # Real processes
 
 
+AROUND = (  # what `accelerate launch` and `make` hand to the processes that they start
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"),
+    *("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "RUN", "CONFIG", "ARGS"),
+)
+
+
 def environment(**changes):
-    """One thread, no accelerator, no network; and no launch of ours around it."""
-    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")}
+    """One thread, no accelerator, no network; and no launch or make of ours around it."""
+    inherited = {k: v for k, v in os.environ.items() if k not in AROUND}
     fixed = {
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
