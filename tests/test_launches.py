@@ -1,13 +1,13 @@
 """Real launches: every stage under data parallelism and ZeRO 1, 2, 3 and offload follows the same run on one process.
 
-Which architecture meets which strategy is in COVER: each strategy runs every stage, and both architectures meet a strategy with
-whole weights and one with spread ones. The stages of a launch share its processes (tests/launched.py): starting them takes longer
-than training.
+The stages of a launch share its processes, and so do both architectures (tests/launched.py): starting them takes longer than
+training.
 """
 
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -27,9 +27,11 @@ from rlhf import ppo, reward, sft
 from rlhf.planning.memory import Job, Setup
 from rlhf.planning.search import launch_command
 from rlhf.planning.shapes import BUILT_IN
+from rlhf.registry import Registry
 
 RUN = {"sft": sft.run, "reward": reward.run, "ppo": ppo.run}
-COVER = [("cpu_ddp", "opt"), ("zero1", "gpt2"), ("zero2", "opt"), ("zero3", "gpt2"), ("zero3_offload", "opt")]
+STRATEGIES = ["cpu_ddp", "zero1", "zero2", "zero3", "zero3_offload"]
+ARCHITECTURES = ["gpt2", "opt"]
 PROCESSES = 2
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None,
@@ -126,17 +128,24 @@ def alone(tmp_path_factory):
 
 @pytest.mark.slow
 @needs_deepspeed
-@pytest.mark.parametrize(("strategy", "architecture"), COVER)
-def test_two_processes_follow_one(tmp_path, alone, strategy, architecture):
-    registry = test_ppo.stages(tmp_path, architecture)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_follow_one(tmp_path, alone, strategy):
     words = ["tests/launched.py"]
-    for stage, args in stage_args(tmp_path, PROCESSES).items():
-        words += [stage, tiny.write_config(tmp_path / f"{stage}.json", args)]
+    registries = {}
+    for architecture in ARCHITECTURES:
+        folder = tmp_path / architecture
+        registries[architecture] = test_ppo.stages(folder, architecture)
+        for stage, args in stage_args(folder, PROCESSES).items():
+            words += [stage, tiny.write_config(folder / f"{stage}.json", args)]
     done = tiny.launch(command(strategy, *words, tmp_path=tmp_path), **variables(strategy))
     assert done.returncode == 0, done.stderr[-9000:]
-    expected = alone(architecture)
-    kind = "deepspeed" if strategy.startswith("zero") else "multi_cpu"
-    for stage, one in expected.items():
+    for architecture, registry in registries.items():
+        assert_follows(alone(architecture), registry, "deepspeed" if strategy.startswith("zero") else "multi_cpu")
+
+
+def assert_follows(alone, registry, kind):
+    """Each stage of two processes is that of one; and PPO has moved its policy and its critic."""
+    for stage, one in alone.items():
         two = registry.require(one.stage, "tiny")
         assert two.version == one.version
         assert two.manifest["device"].startswith("2 x cpu") and two.manifest["device"].lower().endswith(kind)
@@ -149,7 +158,7 @@ def test_two_processes_follow_one(tmp_path, alone, strategy, architecture):
         load_file(path / "model.safetensors") for path in (registry.get("tiny/rm/v1").path, end.path / "critic")
     )
     assert max((before[name] - after[name]).abs().max().item() for name in before) > 1e-4
-    held_out = [a.manifest["metrics"] for a in (expected["ppo"], end)]
+    held_out = [a.manifest["metrics"] for a in (alone["ppo"], end)]
     assert held_out[1]["held_out_prompts"] == held_out[0]["held_out_prompts"] == 1
     for name in ("sft_score", "ppo_score", "kl"):
         assert held_out[1][name] == pytest.approx(held_out[0][name], abs=1e-4)
@@ -174,7 +183,7 @@ def test_adapters_under_zero_follow_one_process(tmp_path, strategy, architecture
         found = stage_args(folder, processes)
         stages = [(stage, dataclasses.replace(args, **lora, **chain[stage])) for stage, args in found.items()]
         merged = ("sft", dataclasses.replace(found["sft"], model_name_or_path="tiny/sft/v2"))
-        return registry, [*stages[:2], merged, stages[2]]  # PPO last: its end is the end of the launch
+        return registry, [*stages[:2], merged, stages[2]]
 
     (tmp_path / "alone").mkdir()
     expected = [RUN[stage](args) for stage, args in stages_of(tmp_path / "alone", 1)[1]]
@@ -316,6 +325,37 @@ def test_a_process_that_dies_takes_the_others_with_it_and_the_run_resumes_bit_eq
         made.append(registry.require("ppo", "tiny").weights_sha256)
     assert "resuming" not in done.stderr
     assert made[0] == made[1]
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_sft_and_the_reward_model_resume_under_zero_3(tmp_path):
+    """Process 1 is killed in step 7, first of SFT and then of the reward model; each goes on from the checkpoint of step 6."""
+
+    def stages_of(folder, processes, **changes):
+        registry = test_ppo.stages(folder)
+        found = stage_args(folder, processes)
+        for stage in ("sft", "reward"):
+            yield stage, dataclasses.replace(found[stage], max_steps=10, save_steps=2, **changes)
+        assert registry.list("tiny", "sft")
+
+    expected = [RUN[stage](args) for stage, args in stages_of(tmp_path / "alone", 1)]
+    configs = {
+        stage: tiny.write_config(tmp_path / f"{stage}.json", args)
+        for stage, args in stages_of(tmp_path / "two", PROCESSES, resume_from_checkpoint="latest")
+    }
+    registry = Registry(tmp_path / "two" / "runs")
+    for stages, kill in ((["sft"], "sft"), (["sft", "reward"], "reward"), (["reward"], "")):
+        words = ["tests/launched.py", *itertools.chain(*((stage, configs[stage]) for stage in stages))]
+        done = tiny.launch(command("zero3", *words, tmp_path=tmp_path), KILL=kill, **variables("zero3"))
+        assert (done.returncode != 0) == bool(kill), done.stderr[-3000:]
+        assert not kill or "exitcode  : -9" in done.stderr
+        assert "resuming after step 6" in done.stderr or stages == ["sft"]
+    for one in expected:
+        two = registry.require(one.stage, "tiny")
+        assert two.version == one.version and not list(registry.work_dir("tiny", one.stage).glob("*"))
+        assert difference(one, two, "") < 2e-6
+        follows(tiny.history(one), tiny.history(two))
 
 
 @pytest.mark.slow

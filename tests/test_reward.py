@@ -391,10 +391,10 @@ def test_dropout_where_asked_for_is_at_work_in_training_only(tmp_path, starts, a
 
 
 def stepped(folder, **cut):
-    """Two SGD steps of four prompts each, K = 2 to 9, cut as asked."""
+    """Two SGD steps of four prompts each, K = 2 to 9, cut as asked; or another number of prompts."""
     tiny.published(folder, "sft")
     settings = {"optim": "sgd", "learning_rate": 1e-1, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
-    return tiny.reward_args(folder, tiny.comparisons(14), max_train_samples=8, **settings, **cut)
+    return tiny.reward_args(folder, tiny.comparisons(14), **{"max_train_samples": 8, **settings, **cut})
 
 
 def test_a_step_is_the_same_however_it_is_cut(tmp_path):
@@ -417,10 +417,12 @@ def test_a_step_is_the_same_however_it_is_cut(tmp_path):
 def test_two_processes_take_the_same_step(tmp_path):
     """Real DDP on the CPU, two prompts a process, against one process with four; and evaluation gathers from both.
 
-    Tolerances as above. Eight prompts: of a number that the processes cannot share, accelerate repeats some.
+    Tolerances as above. The last step has one prompt, which the processes cannot share: accelerate gives both of them some that
+    were learned before, and they must not count again.
     """
-    alone = reward.run(stepped(tmp_path / "alone", per_device_train_batch_size=4, eval_fraction=0.3))
-    args = stepped(tmp_path / "both", per_device_train_batch_size=2, eval_fraction=0.3)
+    prompts = {"eval_fraction": 0.3, "max_train_samples": 9}
+    alone = reward.run(stepped(tmp_path / "alone", per_device_train_batch_size=4, **prompts))
+    args = stepped(tmp_path / "both", per_device_train_batch_size=2, **prompts)
     config = tiny.write_config(tmp_path / "both.yaml", args)
     options = ["--multi_gpu", "--num_processes", "2", "--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
     command = [tiny.program("accelerate"), "launch", *options, "scripts/reward.py", "--config", config]

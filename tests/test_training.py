@@ -293,18 +293,18 @@ def test_a_newer_parent_or_another_architecture_is_refused_on_resume(tmp_path, c
 
 # Resuming: real runs, killed
 
-# Each run is a process of its own, forked from one that has the slow imports done, and killed in its seventh step.
+# Each run is a process of its own, forked from one that has the slow imports done, and killed after that step.
 KILLED = """
 import importlib, json, os, signal, sys
 from rlhf import reward, sft, training
 from rlhf.config import STAGE_ARGS
 
 def kill(self, args, state, control, **kwargs):
-    if state.global_step == 7:
+    if state.global_step == last:
         os.kill(os.getpid(), signal.SIGKILL)
 
-training.MarkComplete.on_step_end = kill
-for stage, config in json.loads(sys.argv[1]).items():
+training.MarkComplete.on_step_begin = kill  # of the step after it
+for stage, last, config in json.loads(sys.argv[1]):
     child = os.fork()
     if child == 0:
         importlib.import_module(f"rlhf.{stage}").run(STAGE_ARGS[stage](**config))
@@ -324,43 +324,56 @@ def long_run(stage, folder, **changes):
     return make(folder, **settings)
 
 
+LAST = {
+    4: ["checkpoint-2", "checkpoint-4"],
+    7: ["checkpoint-4", "checkpoint-6"],
+}  # step -> what is there after it: two are kept
+
+
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """Arguments of an SFT run and of a reward run that were killed after step 7."""
-    runs = {stage: long_run(stage, tmp_path_factory.mktemp(f"killed_{stage}")) for stage in ("sft", "reward")}
-    choices = json.dumps({stage: to_dict(args) for stage, args in runs.items()})
+    """Arguments of SFT and reward runs that were killed after step 4, which ends an epoch, and after step 7."""
+    cases = [(stage, last) for stage in ("sft", "reward") for last in LAST]
+    runs = {case: long_run(case[0], tmp_path_factory.mktemp("killed_{}_{}".format(*case))) for case in cases}
+    choices = json.dumps([(*case, to_dict(args)) for case, args in runs.items()])
     result = tiny.launch([sys.executable, "-c", KILLED, choices])
     told = [line for line in result.stdout.splitlines() if line.startswith(("sft ", "reward "))]
-    assert told == ["sft -9", "reward -9"], result.stderr[-3000:]
+    assert told == ["sft -9"] * 2 + ["reward -9"] * 2, result.stderr[-3000:]
     return runs
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The same runs, never killed."""
+    return {s: STAGES[s][0].run(long_run(s, tmp_path_factory.mktemp(f"whole_{s}"))) for s in ("sft", "reward")}
+
+
+@pytest.mark.parametrize("last", LAST)
 @pytest.mark.parametrize("stage", ["sft", "reward"])
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path, killed, stage):
+def test_a_killed_run_resumes_to_the_same_bits(killed, whole, stage, last, capsys):
     module, name, _, _ = STAGES[stage]
-    whole = module.run(long_run(stage, tmp_path))
-    args = killed[stage]
+    args = killed[stage, last]
     registry = Registry(args.output_dir)
     assert registry.list(stage=name) == []  # nothing half-made is visible
     work = next(registry.work_dir("tiny", name).iterdir())
     marked = sorted(path.parent.name for path in work.glob(f"*/{COMPLETE}"))
-    assert marked == ["checkpoint-4", "checkpoint-6"]  # two are kept
+    assert marked == LAST[last]
     torn = work / "checkpoint-8"
-    shutil.copytree(work / "checkpoint-6", torn, ignore=shutil.ignore_patterns(COMPLETE))
+    shutil.copytree(work / marked[-1], torn, ignore=shutil.ignore_patterns(COMPLETE))
     (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:1000])
 
-    steps = []
-    original = training.MarkComplete.on_step_end
-    training.MarkComplete.on_step_end = lambda self, args, state, control, **kwargs: steps.append(state.global_step)
-    try:
-        resumed = module.run(dataclasses.replace(args, resume_from_checkpoint="latest"))
-    finally:
-        training.MarkComplete.on_step_end = original
-    assert steps == [7, 8, 9, 10, 11, 12]  # it went on from 6, and did not start anew
-    assert resumed.weights_sha256 == whole.weights_sha256
+    resumed = module.run(dataclasses.replace(args, resume_from_checkpoint="latest"))
+    assert f"resuming after step {marked[-1][-1]} from " in capsys.readouterr().err
+    assert resumed.weights_sha256 == whole[stage].weights_sha256
     assert tiny.left_over(registry, name) == []
-    # Each step is told once, as by the run that was never killed.
-    assert [line.get("loss") for line in tiny.history(resumed)] == [line.get("loss") for line in tiny.history(whole)]
+    # Each step and each evaluation is told once, as by the run that was never killed.
+    mine, theirs = ([told(line) for line in tiny.history(artifact)] for artifact in (resumed, whole[stage]))
+    assert mine == theirs
+
+
+def told(line):
+    """A line of the history, without what the clock says, and Trainer's mean loss of the steps of this process."""
+    return {name: value for name, value in line.items() if not name.endswith(("runtime", "per_second", "train_loss"))}
 
 
 def test_checkpoints_change_nothing(tmp_path):

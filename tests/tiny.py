@@ -226,5 +226,5 @@ def program(name):
 def launch(command, **changes):
     """Runs a command in the checkout and returns it with its output as text."""
     return subprocess.run(
-        command, cwd=ROOT, env=environment(**changes), capture_output=True, text=True, timeout=300, check=False
+        command, cwd=ROOT, env=environment(**changes), capture_output=True, text=True, timeout=900, check=False
     )

@@ -112,7 +112,8 @@ def run(args: PPOArgs) -> Artifact | None:
             models={"here": actors.policy, "critic": actors.critic}
             | ({} if trainer.average is None else {"ema": actors.policy}),
         )
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # the processes' group is the caller's: another stage may follow
+            tracker.finish()
     return push_published(args, artifact)
 
 
@@ -496,7 +497,6 @@ class PPO:
         if self.average is not None:
             saved = load_file(self.average_file(folder))
             self.average = [saved[str(i)].to(tensor.device) for i, tensor in enumerate(self.average)]
-        say(f"resuming after rollout {self.state.rollouts} from {folder}")
 
     def average_file(self, folder: Path) -> Path:
         """Where the average is in a checkpoint: each process's own piece where it is spread."""

@@ -30,6 +30,7 @@ from rlhf.models import PAD_TOKEN, compile_layers, load_tokenizer
 from rlhf.registry import Artifact
 from rlhf.training import (
     MarkComplete,
+    OnceAnEpoch,
     Rows,
     TrainingError,
     check_processes,
@@ -63,7 +64,7 @@ def run(args: PretrainArgs) -> Artifact | None:
         if args.torch_compile:
             compile_layers(model)
         model.loss_type = "ForCausalLM"  # said here, or transformers warns that the config does not say it
-        trainer = Trainer(
+        trainer = BlockTrainer(
             model=model,
             args=training_args,
             train_dataset=train,
@@ -89,6 +90,10 @@ def run(args: PretrainArgs) -> Artifact | None:
             history=trainer.state.log_history,
         )
     return push_published(args, artifact)
+
+
+class BlockTrainer(OnceAnEpoch, Trainer):
+    """A Trainer on blocks of text."""
 
 
 def make_tokenizer(args: PretrainArgs, texts: list[str]) -> PreTrainedTokenizerFast:

@@ -64,6 +64,7 @@ from rlhf.training import (
     publish,
     push_published,
     refuse_other_architecture,
+    repeats,
     resolve,
     saver,
     trainer_arguments,
@@ -72,6 +73,7 @@ from rlhf.training import (
 
 MAX_K = 9
 ABSENT = -100  # rank of a completion that is not there
+LABELS = ("ranks", "learned", "ratings")  # of a batch: what the model does not take
 HEADS = "heads.safetensors"  # beside the weights of an ensemble: weight [M, H] and bias [M] of each of its heads
 
 
@@ -355,10 +357,17 @@ class RewardTrainer(Trainer):
         return LengthGroupedSampler(size, lengths=longest)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """The step's batches, and the number of their prompts that have a pair, over all processes."""
+        """The step's batches, and the number of their prompts that have a pair, over all processes.
+
+        `learned` of a batch is its ranks but for prompts that are there only to make processes' shares equal: theirs are absent.
+        """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            batch["learned"] = batch["ranks"].clone()
+        for batch in batches[-1:]:
+            batch["learned"][len(batch["learned"]) - repeats(self) :] = ABSENT
         has = has_completions if self.keeps_ties else has_pair
-        count = sum((has(batch["ranks"]).sum() for batch in batches), torch.tensor(0)).to(device)
+        count = sum((has(batch["learned"]).sum() for batch in batches), torch.tensor(0)).to(device)
         return batches, self.accelerator.gather(count).sum()
 
     def compute_loss(
@@ -366,13 +375,14 @@ class RewardTrainer(Trainer):
     ) -> Any:
         """The objective; times the number of processes, because their gradients are averaged."""
         ranks, ratings = inputs["ranks"], inputs.get("ratings")
+        learned = inputs.get("learned", ranks)
         real = ranks != ABSENT
-        scores = model(**{name: tensor for name, tensor in inputs.items() if name not in ("ranks", "ratings")})
+        scores = model(**{name: tensor for name, tensor in inputs.items() if name not in LABELS})
         prompt = torch.arange(len(ranks), device=ranks.device)[:, None].expand_as(ranks)
         grades = None if ratings is None else ratings[real]
         members = scores[:, None] if scores.ndim == 1 else scores
         losses = [
-            self.objective(column, ranks[real], prompt[real], grades, num_items_in_batch)
+            self.objective(column, learned[real], prompt[real], grades, num_items_in_batch)
             for column in members.unbind(1)
         ]
         loss = torch.stack(losses).mean()
@@ -497,7 +507,7 @@ def scored_by_model(model: Any, pad_token_id: int, batch_size: int = 8) -> Score
         found: list[list[Any]] = [[]] * len(items)
         for places in batches([len(i["prompt"]) + sum(map(len, i["completions"])) for i in items], batch_size):
             batch = collate([items[place] for place in places])
-            inputs = {name: t.to(model.device) for name, t in batch.items() if name not in ("ranks", "ratings")}
+            inputs = {name: t.to(model.device) for name, t in batch.items() if name not in LABELS}
             scores = iter(forward_scores(model, **inputs).tolist())
             for place in places:
                 found[place] = [next(scores) for _ in items[place]["completions"]]

@@ -41,6 +41,7 @@ from rlhf.models import (
 from rlhf.registry import Artifact, Registry
 from rlhf.training import (
     MarkComplete,
+    OnceAnEpoch,
     TrainingError,
     check_processes,
     held_out_or_none,
@@ -185,12 +186,6 @@ class ChooseByReward(TrainerCallback):
         self.args, self.folder, self.tokenizer, self.prompts, self.reward = args, folder, tokenizer, prompts, reward
         self.trainer: Any = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A run that was killed between the checkpoint of an epoch's last step and its score still has to score it."""
-        scored = any("eval_reward" in line and line["step"] == state.global_step for line in state.log_history)
-        if state.global_step and float(state.epoch or 0).is_integer() and not scored:
-            self.on_epoch_end(args, state, control, **kwargs)
-
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         training, _ = model.training, model.eval()
         with whole(self.trainer.model_wrapped, model):
@@ -261,7 +256,7 @@ def sample_answers(args: SFTArgs, trainer: Any, tokenizer: Any, prompts: Sequenc
     ]
 
 
-class CompletionTrainer(SFTTrainer):
+class CompletionTrainer(OnceAnEpoch, SFTTrainer):
     """SFTTrainer that unembeds the positions before a trained token only: prompts cost no vocabulary-wide row.
 
     The loss is SFTTrainer's, a sum over trained tokens divided by their number in the optimiser step; a packed row, and a model

@@ -299,6 +299,7 @@ def work_folder(args: StageArgs, registry: Registry, stage: str) -> Iterator[tup
     if resume is not None:
         folder = resume.parent
         _refuse_changed_settings(args, folder)
+        say(f"resuming after {'rollout' if stage == 'ppo' else 'step'} {step_of(resume)} from {resume}")
     if not is_main():
         yield folder, resume
         return
@@ -492,10 +493,24 @@ def refuse_other_architecture(model: Any, checkpoint: Path | None) -> None:
 
 
 class MarkComplete(TrainerCallback):
-    """Marks a Trainer's checkpoint once every process has written its part of it; then the oldest go."""
+    """Marks a Trainer's checkpoint once every process has written its part of it; then the oldest go.
+
+    Trainer would save an epoch's last step before what comes at the end of the epoch, its evaluation, which a run that goes on
+    from there would lack: so that one is saved after it.
+    """
 
     def __init__(self, keep: int = 2):
         self.keep = keep
+        self.later = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        steps = max(1, -(-len(train_dataloader) // args.gradient_accumulation_steps))
+        if control.should_save and state.global_step % steps == 0:
+            control.should_save, self.later = False, True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.later:
+            control.should_save, self.later = True, False
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         synchronise()
@@ -503,6 +518,32 @@ class MarkComplete(TrainerCallback):
             work = Path(args.output_dir)
             mark_complete(work / f"checkpoint-{state.global_step}")
             keep_newest(work, self.keep, best=state.best_model_checkpoint)
+
+
+class OnceAnEpoch:
+    """A mixin for a Trainer whose rows have `labels`: of an epoch that processes cannot share evenly, accelerate repeats rows at
+    its end; they are not learned twice, so that several processes follow one. Packed rows, which have lost their bounds, are."""
+
+    args: Any
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
+        for labels in [batch["labels"] for batch in batch_samples[-1:]]:
+            if len(labels) == self.args.train_batch_size:
+                labels[len(labels) - repeats(self) :] = -100
+        return super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
+
+
+def repeats(trainer: Any) -> int:
+    """How many rows at the end of this process's newest batch accelerate has repeated from the beginning of the epoch.
+
+    The processes' last batches, one behind the other, hold what is left of the epoch and then repetitions.
+    """
+    processes, size = trainer.args.world_size, trainer.args.train_batch_size
+    # accelerate's own count of what is left is wrong in an epoch that was resumed.
+    left = len(trainer.train_dataset) % (size * processes)
+    if processes == 1 or left == 0 or not trainer.accelerator.gradient_state.end_of_dataloader:
+        return 0
+    return int(size - min(max(left - size * trainer.args.process_index, 0), size))
 
 
 def mark_complete(checkpoint: Path) -> None:
