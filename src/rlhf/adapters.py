@@ -3,7 +3,8 @@
 An adapter is published with what it stands on: the base's reference or Hub id, revision and sha256 are in `stage.json`, and the
 folder is a peft repository that plain `peft` loads. A stage that starts from an adapter either trains it further on the same
 base, or, without `use_peft`, trains the two merged. So all adapters of a run can stand on one base, and PPO can hold policy,
-reference, critic and reward as one copy of its weights with an adapter each: `twin`.
+reference, critic and reward as one copy of its weights with an adapter each: `twin`. peft takes seconds to import and is imported
+only where an adapter is made or loaded.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import copy
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,17 +21,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from peft import (
-    LoraConfig,
-    PeftConfig,
-    PeftModel,
-    TaskType,
-    get_peft_model,
-    get_peft_model_state_dict,
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -95,6 +86,8 @@ def attach(model: Any, start: Start, args: Any, *, task: str, also: Sequence[str
 
 
 def _new(model: Any, args: Any, task: str, also: Sequence[str]) -> Any:
+    from peft import LoraConfig, TaskType
+
     check_modules(model, args)
     targets: Any = args.lora_target_modules
     config = LoraConfig(
@@ -111,6 +104,8 @@ def _new(model: Any, args: Any, task: str, also: Sequence[str]) -> Any:
 
 
 def _inject(model: Any, config: Any) -> Any:
+    from peft import get_peft_model
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fan_in_fan_out of Conv1D, which peft sets right
         return get_peft_model(model, config)
@@ -118,6 +113,8 @@ def _inject(model: Any, config: Any) -> Any:
 
 def _continue(model: Any, start: Start, task: str, also: Sequence[str], trainable: bool) -> Any:
     """The adapter of `start` on its base; with a scalar head of its own where an SFT adapter becomes a reward model."""
+    from peft import PeftConfig, TaskType, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
     assert start.adapter is not None
     try:
         config = PeftConfig.from_pretrained(str(start.adapter))
@@ -176,6 +173,8 @@ def check_modules(model: Any, args: Any) -> None:
     linear = linear_modules(model)
     names = dict(model.named_modules())
     hint = f"its linear modules are {', '.join(linear)}; or write all-linear"
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
+
     if args.lora_target_modules is None and model.config.model_type not in DEFAULT_TARGETS:
         raise AdapterError(f"lora_target_modules: there is no default for {model.config.model_type} models; {hint}")
     for wanted in args.lora_target_modules or ():
@@ -195,9 +194,14 @@ def check_modules(model: Any, args: Any) -> None:
             )
 
 
+def adapted(model: Any) -> bool:
+    """Whether it is a PeftModel, which there is none of before peft is imported."""
+    return "peft" in sys.modules and isinstance(model, sys.modules["peft"].PeftModel)
+
+
 def plain(model: Any) -> Any:
     """The transformers model, adapter layers and all, below peft's wrapper."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return model.get_base_model() if adapted(model) else model
 
 
 def trained(module: Any) -> Any:
@@ -216,7 +220,7 @@ def effective_weight(layer: Any) -> Tensor:
 def precision_kept(model: nn.Module) -> Iterator[None]:
     """What is trained keeps its dtype and values: SFTTrainer rounds adapters on a quantised base to bfloat16, where updates of
     InstructGPT's learning rates are lost."""
-    kept = [(p, p.detach().clone()) for p in trained_parameters(model)] if isinstance(model, PeftModel) else []
+    kept = [(p, p.detach().clone()) for p in trained_parameters(model)] if adapted(model) else []
     yield
     for p, value in kept:
         p.data = value
@@ -278,7 +282,7 @@ def _tensors(model: nn.Module) -> Iterable[Tensor]:
 
 def save(model: Any, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
     """The folder that plain transformers or, of an adapter, plain peft loads; no card, which is written for the version."""
-    if not isinstance(model, PeftModel):
+    if not adapted(model):
         model.save_pretrained(folder, state_dict=weights)
         return
     config, base = model.peft_config["default"], getattr(model, "started_from", None)
@@ -292,6 +296,8 @@ def save(model: Any, folder: Path, weights: Mapping[str, Tensor] | None = None) 
 
 def restore(model: Any, folder: Path) -> None:
     """Puts the adapter that `save` wrote back into the model."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
     set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
 
 
@@ -300,7 +306,7 @@ def records(**parts: Any) -> dict[str, dict[str, Any]]:
     found = {}
     for name, model in parts.items():
         base = getattr(model, "started_from", None)
-        if isinstance(model, PeftModel) and base is not None:
+        if adapted(model) and base is not None:
             found["." if name == "here" else name] = {
                 "kind": "artifact" if base.artifact else "model",
                 "ref": base.artifact or base.path,
@@ -366,8 +372,10 @@ def keep_only_trained(accelerator: Any, model: nn.Module) -> None:
 
 def check_resume(model: Any, checkpoint: Path | None) -> None:
     """Refuses to go on from a Trainer's checkpoint of another adapter."""
-    if checkpoint is None or not isinstance(model, PeftModel):
+    if checkpoint is None or not adapted(model):
         return
+    from peft import PeftConfig
+
     before, now = PeftConfig.from_pretrained(str(checkpoint)).to_dict(), model.peft_config["default"].to_dict()
     names = (
         "r",
