@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import random
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from .generate import generate
 from .labelers import Labelers, agreement
 
 RESPONSE_LENGTH = 64
-K = (4, 9)  # completions a prompt, as in InstructGPT
+K = 9  # samples a prompt, the most of InstructGPT's 4 to 9; those that differ are ranked
 STAGE_OF = {"base": "pretrain", "sft": "sft", "rm": "reward", "ppo": "ppo"}
 SAMPLE_SEED = 1  # offset of the seed that answers for labelers and for evaluation are sampled with
 
@@ -120,12 +119,11 @@ def collect_comparisons(demo: Demo) -> float:
 
     records = read(demo.data / "comparison_prompts.jsonl")
     policy, tokenizer = load_policy(Registry(demo.root).require("sft", demo.run))
-    rng = random.Random(f"{demo.seed}|k")
     samples = collect_completions(
         policy,
         tokenizer,
         [r["prompt"] for r in records],
-        [rng.randint(*K) for _ in records],
+        [K] * len(records),
         response_length=RESPONSE_LENGTH,
         seed=demo.seed + SAMPLE_SEED,
         shown_as="sampling",
