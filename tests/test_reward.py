@@ -420,7 +420,7 @@ def test_two_processes_take_the_same_step(tmp_path):
     Tolerances as above. The last step has one prompt, which the processes cannot share: accelerate gives both of them some that
     were learned before, and they must not count again.
     """
-    prompts = {"eval_fraction": 0.3, "max_train_samples": 9}
+    prompts = {"eval_fraction": 0.3, "max_train_samples": 9, "max_steps": 3}
     alone = reward.run(stepped(tmp_path / "alone", per_device_train_batch_size=4, **prompts))
     args = stepped(tmp_path / "both", per_device_train_batch_size=2, **prompts)
     config = tiny.write_config(tmp_path / "both.yaml", args)
