@@ -113,9 +113,8 @@ def test_the_score_is_on_the_last_token_and_not_one_place_later():
     assert_same(trl["rewards"][after_last], trl["scores"][with_place])
     assert not rewards[~run.mask].any()
     assert_same(rewards[at_last] - trl["rewards"][at_last], trl["scores"][with_place])
-    assert_same(
-        rewards.sum(1), trl["rewards"].sum(1)
-    )  # the same reward in all, and without a place after it the same place
+    # The same reward in all, and without a place after it the same place.
+    assert_same(rewards.sum(1), trl["rewards"].sum(1))
     full = length == parity.RESPONSE_LENGTH
     assert_same(rewards[full], trl["rewards"][full])
 
@@ -194,9 +193,7 @@ def test_temperature_is_what_the_config_says():
     with torch.no_grad():
         assert_same(run.logp("policy")[run.mask], theirs)
         run.temperature *= 1.01
-        assert (
-            relative(run.logp("policy")[run.mask], theirs) > 10 * TOLERANCE
-        )  # what is seen of a temperature of its own
+        assert relative(run.logp("policy")[run.mask], theirs) > 10 * TOLERANCE  # a temperature of its own is seen
     with pytest.raises(ConfigError, match="temperature"):
         PPOArgs(run_name="a", temperature=0.0)
 

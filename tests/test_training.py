@@ -1,17 +1,20 @@
 """What the stages share: work folders, kills and resumption, wrong input, and the ways to start a run."""
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import test_ppo
 import tiny
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from transformers import AutoTokenizer
 
 from rlhf import ppo, pretrain, reward, sft, training
@@ -327,10 +330,8 @@ def long_run(stage, folder, **changes):
     return make(folder, **settings)
 
 
-LAST = {
-    4: ["checkpoint-2", "checkpoint-4"],
-    7: ["checkpoint-4", "checkpoint-6"],
-}  # step -> what is there after it: two are kept
+# The last step of a run -> what is there after it: two are kept.
+LAST = {4: ["checkpoint-2", "checkpoint-4"], 7: ["checkpoint-4", "checkpoint-6"]}
 
 
 @pytest.fixture(scope="module")
@@ -377,6 +378,32 @@ def test_a_killed_run_resumes_to_the_same_bits(killed, whole, stage, last, capsy
 def told(line):
     """A line of the history, without what the clock says, and Trainer's mean loss of the steps of this process."""
     return {name: value for name, value in line.items() if not name.endswith(("runtime", "per_second", "train_loss"))}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("rows", range(7, 20))
+def test_rows_that_accelerate_repeats_are_counted(rows, processes, size):
+    """As many as its own batches, dealt to the processes, hold more than once."""
+    dealt = torch.utils.data.BatchSampler(range(rows), size, drop_last=False)
+    last, new = [], []
+    for process in range(processes):
+        *earlier, batch = BatchSamplerShard(dealt, processes, process)
+        last.append(batch)
+        new += itertools.chain(*earlier)
+    for process, batch in enumerate(last):
+        args = types.SimpleNamespace(train_batch_size=size, world_size=processes, process_index=process)
+        args.dataloader_drop_last, args.train_sampling_strategy = False, "random"
+        state = types.SimpleNamespace(end_of_dataloader=True)
+        accelerator = types.SimpleNamespace(even_batches=True, gradient_state=state)
+        trainer = types.SimpleNamespace(args=args, accelerator=accelerator, train_dataset=range(rows))
+        kept = batch[: len(batch) - training.repeats(trainer)]
+        new += kept
+        state.end_of_dataloader = False
+        assert training.repeats(trainer) == 0
+        args.dataloader_drop_last, state.end_of_dataloader = True, True
+        assert training.repeats(trainer) == 0
+    assert sorted(new) == list(range(rows))
 
 
 def test_checkpoints_change_nothing(tmp_path):

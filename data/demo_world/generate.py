@@ -22,10 +22,8 @@ EVAL_SIZES = {"familiar": 800, "held_out_fact": 100, "held_out_phrasing": 100}
 BASE_WORDS, BASE_HELDOUT_WORDS = 500_000, 15_000
 LABELERS, CUSTOMERS = 40, 400
 
-TRIES, TRIES_FOR_A_NEW_ONE = (
-    500,
-    30,
-)  # for a request that fits, and for one that was not used: a small kind may have no more
+TRIES = 500  # for a request that fits
+TRIES_FOR_A_NEW_ONE = 30  # a small kind may have none that was not used
 
 BAD, FAIR = 0.12, 0.82  # shares of the demonstrations; the rest are the judge's best
 

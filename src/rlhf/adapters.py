@@ -170,11 +170,11 @@ def linear_modules(model: nn.Module) -> list[str]:
 
 def check_modules(model: Any, args: Any) -> None:
     """Raises AdapterError where an adapter is asked for on modules that the model does not have."""
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
+
     linear = linear_modules(model)
     names = dict(model.named_modules())
     hint = f"its linear modules are {', '.join(linear)}; or write all-linear"
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
-
     if args.lora_target_modules is None and model.config.model_type not in DEFAULT_TARGETS:
         raise AdapterError(f"lora_target_modules: there is no default for {model.config.model_type} models; {hint}")
     for wanted in args.lora_target_modules or ():

@@ -538,12 +538,15 @@ def repeats(trainer: Any) -> int:
 
     The processes' last batches, one behind the other, hold what is left of the epoch and then repetitions.
     """
-    processes, size = trainer.args.world_size, trainer.args.train_batch_size
+    args, accelerator = trainer.args, trainer.accelerator
+    if args.dataloader_drop_last or args.train_sampling_strategy == "batch_rebalance" or not accelerator.even_batches:
+        return 0  # set by training_arguments: nothing is repeated
+    size = args.train_batch_size
     # accelerate's own count of what is left is wrong in an epoch that was resumed.
-    left = len(trainer.train_dataset) % (size * processes)
-    if processes == 1 or left == 0 or not trainer.accelerator.gradient_state.end_of_dataloader:
+    left = len(trainer.train_dataset) % (size * args.world_size)
+    if args.world_size == 1 or left == 0 or not accelerator.gradient_state.end_of_dataloader:
         return 0
-    return int(size - min(max(left - size * trainer.args.process_index, 0), size))
+    return int(size - min(max(left - size * args.process_index, 0), size))
 
 
 def mark_complete(checkpoint: Path) -> None:
