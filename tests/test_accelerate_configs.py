@@ -112,7 +112,7 @@ def test_cpu_ddp_starts_two_that_synchronise(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its CPU communication")
-@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("name", ["zero2", "zero3"])  # that the others follow one process, test_launches.py has shown
 def test_deepspeed_on_the_cpu(name, tmp_path):
     found = launch(name, "--num_processes", "2", tmp_path=tmp_path, DS_ACCELERATOR="cpu")
     assert [(f["processes"], f["type"], f["sum"]) for f in found] == [(2, "DEEPSPEED", 2.0)] * 2

@@ -512,32 +512,6 @@ def test_8_bit_optimisers_step_in_the_trainers(tmp_path, stage):
 # ---------------------------------------------------------------------------------------------------------- launches
 
 
-@pytest.mark.slow
-def test_two_processes_follow_one(tmp_path, chains):
-    registry = published_chain(tmp_path, chains)
-    args = ppo_args(tmp_path, batch_size=6, num_mini_batches=2, total_episodes=12, optim="sgd", **LORA)
-    alone = ppo.run(args)
-    config = tiny.write_config(tmp_path / "ppo.json", args)
-    command = [
-        tiny.program("accelerate"),
-        "launch",
-        "--quiet",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "scripts/ppo.py", "--config", config]
-    done = tiny.launch(command, ACCELERATE_USE_CPU="true", PYTHONPATH=os.pathsep.join(sys.path))
-    assert done.returncode == 0, done.stderr[-3000:]
-    both = registry.require("ppo", "tiny")
-    assert both != alone
-    for part in (".", "critic", "ema"):
-        one, two = (load_file(a.path / part / "adapter_model.safetensors") for a in (alone, both))
-        assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
-
-
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_the_launches_that_plans_print_are_real(tmp_path, method):
     """Their options, as `rlhf plan` prints them, through the stages; sizes and the CPU's precision are ours."""

@@ -32,6 +32,7 @@ from rlhf.registry import Registry
 RUN = {"pretrain": pretrain.run, "sft": sft.run, "reward": reward.run, "ppo": ppo.run}
 STRATEGIES = ["cpu_ddp", "zero1", "zero2", "zero3", "zero3_offload"]
 ARCHITECTURES = ["gpt2", "opt"]
+WITH_ADAPTERS = {"cpu_ddp": "opt", "zero2": "gpt2", "zero3": "opt"}
 PROCESSES = 2
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None,
@@ -88,7 +89,7 @@ def stage_args(tmp_path, processes):
             **each,
         ),
         "reward": tiny.reward_args(
-            tmp_path, tiny.comparisons(16), max_steps=3, model_name_or_path="tiny/sft/v1", eval_fraction=0.2, **each
+            tmp_path, tiny.comparisons(16), max_steps=4, model_name_or_path="tiny/sft/v1", eval_fraction=0.2, **each
         ),
         "ppo": test_ppo.ppo_args(
             tmp_path,
@@ -111,17 +112,36 @@ def stage_args(tmp_path, processes):
     }
 
 
+def adapter_stages(folder, architecture, processes):
+    """Each trains on from the adapter of the one before, all on one base; SFT trains on with its own merged, too."""
+    registry = test_ppo.stages(folder, architecture)
+    found = stage_args(folder, processes)
+    lora = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
+    chain = {
+        "sft": {},
+        "reward": {"model_name_or_path": "tiny/sft/v2"},
+        "ppo": {"sft_model_path": "tiny/sft/v2", "reward_model_path": ["tiny/rm/v2"]},
+    }
+    stages = [(stage, dataclasses.replace(args, **lora, **chain[stage])) for stage, args in found.items()]
+    merged = ("sft", dataclasses.replace(found["sft"], model_name_or_path="tiny/sft/v2"))
+    return registry, [*stages[:2], merged, stages[2]]
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """What one process makes of the stages, once for each architecture."""
+    """What one process makes of the stages, and of those with adapters, once for each architecture."""
     made = {}
 
-    def of(architecture):
-        if architecture not in made:
+    def of(architecture, adapters=False):
+        if (architecture, adapters) not in made:
             folder = tmp_path_factory.mktemp(f"alone_{architecture}")
-            test_ppo.stages(folder, architecture)
-            made[architecture] = {stage: RUN[stage](args) for stage, args in stage_args(folder, 1).items()}
-        return made[architecture]
+            if adapters:
+                stages = adapter_stages(folder, architecture, 1)[1]
+            else:
+                test_ppo.stages(folder, architecture)
+                stages = list(stage_args(folder, 1).items())
+            made[architecture, adapters] = [RUN[stage](args) for stage, args in stages]
+        return made[architecture, adapters]
 
     return of
 
@@ -130,20 +150,28 @@ def alone(tmp_path_factory):
 @needs_deepspeed
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_processes_follow_one(tmp_path, alone, strategy):
-    words = ["tests/launched.py"]
-    registries = {}
+    stages, registries = [], {}
     for architecture in ARCHITECTURES:
-        folder = tmp_path / architecture
-        registries[architecture] = test_ppo.stages(folder, architecture)
-        for stage, args in stage_args(folder, PROCESSES).items():
-            words += [stage, tiny.write_config(folder / f"{stage}.json", args)]
+        registries[architecture] = test_ppo.stages(tmp_path / architecture, architecture)
+        stages += stage_args(tmp_path / architecture, PROCESSES).items()
+    adapters = WITH_ADAPTERS.get(strategy)
+    if adapters:
+        adapter_registry, more = adapter_stages(tmp_path / "adapters", adapters, PROCESSES)
+        stages += more
     pretrains = not strategy.startswith("zero3")  # under which a new model's weights are drawn in another order
     if pretrains:
-        words += ["pretrain", tiny.write_config(tmp_path / "pretrain.json", pretrain_args(tmp_path, PROCESSES))]
+        stages.append(("pretrain", pretrain_args(tmp_path, PROCESSES)))
+    words = ["tests/launched.py"]
+    for i, (stage, args) in enumerate(stages):
+        words += [stage, tiny.write_config(tmp_path / f"{i}.json", args)]
     done = tiny.launch(command(strategy, *words, tmp_path=tmp_path), **variables(strategy))
     assert done.returncode == 0, done.stderr[-9000:]
+    published = [line for line in done.stderr.splitlines() if line.startswith("published")]
+    assert len(published) == len(stages)  # by one of the processes
     for architecture, registry in registries.items():
         assert_follows(alone(architecture), registry, "deepspeed" if strategy.startswith("zero") else "multi_cpu")
+    if adapters:
+        assert_adapters_follow(alone(adapters, adapters=True), adapter_registry)
     if pretrains:
         one, two = (
             pretrain.run(pretrain_args(tmp_path / "alone", 1)),
@@ -161,20 +189,23 @@ def pretrain_args(folder, processes):
 
 def assert_follows(alone, registry, kind):
     """Each stage of two processes is that of one; and PPO has moved its policy and its critic."""
-    for stage, one in alone.items():
-        two = registry.require(one.stage, "tiny")
+    for one in alone:
+        two, stage = registry.require(one.stage, "tiny"), one.stage
         assert two.version == one.version
         assert two.manifest["device"].startswith("2 x cpu") and two.manifest["device"].lower().endswith(kind)
         for part in ["", "critic", "ema"] if stage == "ppo" else [""]:
             assert difference(one, two, part) < 2e-6, f"{stage} {part}"  # sums in another order, and nothing else
         follows(tiny.history(one), tiny.history(two))
+        if stage == "rm":  # both have evaluated all held-out prompts
+            for name, value in one.manifest["metrics"].items():
+                assert two.manifest["metrics"][name] == pytest.approx(value, abs=1e-5), name
     start, end = registry.get("tiny/sft/v1"), registry.require("ppo", "tiny")
     assert tiny.largest_difference(start, end) > 1e-4
     before, after = (
         load_file(path / "model.safetensors") for path in (registry.get("tiny/rm/v1").path, end.path / "critic")
     )
     assert max((before[name] - after[name]).abs().max().item() for name in before) > 1e-4
-    held_out = [a.manifest["metrics"] for a in (alone["ppo"], end)]
+    held_out = [a.manifest["metrics"] for a in (alone[-1], end)]
     assert held_out[1]["held_out_prompts"] == held_out[0]["held_out_prompts"] == 1
     for name in ("sft_score", "ppo_score", "kl"):
         assert held_out[1][name] == pytest.approx(held_out[0][name], abs=1e-4)
@@ -182,39 +213,13 @@ def assert_follows(alone, registry, kind):
             assert held_out[1]["ema"][name] == pytest.approx(held_out[0]["ema"][name], abs=1e-4)
 
 
-@pytest.mark.slow
-@needs_deepspeed
-@pytest.mark.parametrize(("strategy", "architecture"), [("zero2", "gpt2"), ("zero3", "opt")])
-def test_adapters_under_zero_follow_one_process(tmp_path, strategy, architecture):
-    """Each stage trains on from the adapter of the one before, all on one base; SFT trains on with its own merged, too."""
-    lora = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
-    chain = {
-        "sft": {},
-        "reward": {"model_name_or_path": "tiny/sft/v2"},
-        "ppo": {"sft_model_path": "tiny/sft/v2", "reward_model_path": ["tiny/rm/v2"]},
-    }
-
-    def stages_of(folder, processes):
-        registry = test_ppo.stages(folder, architecture)
-        found = stage_args(folder, processes)
-        stages = [(stage, dataclasses.replace(args, **lora, **chain[stage])) for stage, args in found.items()]
-        merged = ("sft", dataclasses.replace(found["sft"], model_name_or_path="tiny/sft/v2"))
-        return registry, [*stages[:2], merged, stages[2]]
-
-    (tmp_path / "alone").mkdir()
-    expected = [RUN[stage](args) for stage, args in stages_of(tmp_path / "alone", 1)[1]]
-    registry, stages = stages_of(tmp_path, PROCESSES)
-    words = ["tests/launched.py"]
-    for i, (stage, args) in enumerate(stages):
-        words += [stage, tiny.write_config(tmp_path / f"{i}.json", args)]
-    done = tiny.launch(command(strategy, *words, tmp_path=tmp_path), **variables(strategy))
-    assert done.returncode == 0, done.stderr[-9000:]
-    for one in expected:
+def assert_adapters_follow(alone, registry):
+    for one in alone:
         two = registry.get(one.ref)
         for part in ["", "critic", "ema"] if one.stage == "ppo" else [""]:
             assert difference(one, two, part, "adapter_model" if two.adapters else "model") < 2e-6, f"{one.ref} {part}"
         follows(tiny.history(one), tiny.history(two))
-    adapter, rm, whole, end = (registry.get(one.ref) for one in expected)
+    adapter, rm, whole, end = (registry.get(one.ref) for one in alone)
     assert {part["ref"] for two in (adapter, rm, end) for part in two.adapters.values()} == {"tiny/base/v1"}
     assert whole.ref == "tiny/sft/v3" and not whole.adapters
     assert difference(adapter, end, "", "adapter_model") > 1e-4
@@ -460,7 +465,8 @@ def test_two_hosts_train_one_model_under_zero_2(tmp_path, hosts, alone):
         for process in started:
             process.terminate()  # the launcher ends what it has started
     assert [process.returncode for process in started] == [0, 0], "\n".join(text[-3000:] for text in said)
-    for stage in ("sft", "ppo"):
-        two = registry.require(stage, "tiny")
+    sft_alone, _, ppo_alone = alone("gpt2")
+    for one in (sft_alone, ppo_alone):
+        two = registry.require(one.stage, "tiny")
         assert two.manifest["device"].startswith("2 x cpu")
-        assert difference(alone("gpt2")[stage], two, "") < 2e-6
+        assert difference(one, two, "") < 2e-6

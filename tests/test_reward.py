@@ -413,29 +413,6 @@ def test_a_step_is_the_same_however_it_is_cut(tmp_path):
     assert tiny.largest_difference(results[4], results[2]) < 2e-6
 
 
-@pytest.mark.slow
-def test_two_processes_take_the_same_step(tmp_path):
-    """Real DDP on the CPU, two prompts a process, against one process with four; and evaluation gathers from both.
-
-    Tolerances as above. The last step has three prompts, which the processes cannot share: accelerate gives one of them one
-    that was learned before, and it must not count again.
-    """
-    prompts = {"eval_fraction": 0.3, "max_train_samples": 7}
-    alone = reward.run(stepped(tmp_path / "alone", per_device_train_batch_size=4, **prompts))
-    args = stepped(tmp_path / "both", per_device_train_batch_size=2, **prompts)
-    config = tiny.write_config(tmp_path / "both.yaml", args)
-    options = ["--multi_gpu", "--num_processes", "2", "--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
-    command = [tiny.program("accelerate"), "launch", *options, "scripts/reward.py", "--config", config]
-    result = tiny.launch(command, ACCELERATE_USE_CPU="true")
-    assert result.returncode == 0, result.stderr[-3000:]
-    both = Registry(args.output_dir).require("rm", "tiny")
-    assert both.manifest["device"].startswith("2 x cpu")
-    assert tiny.largest_difference(alone, both) < 2e-6
-    for name, value in alone.manifest["metrics"].items():
-        assert both.manifest["metrics"][name] == pytest.approx(value, abs=1e-5), name
-    assert result.stderr.count("published tiny/rm/v1") == 1
-
-
 # What it needs
 
 
