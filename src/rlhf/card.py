@@ -254,19 +254,18 @@ def _loading(facts: Facts) -> str:
 
 
 def _loading_an_adapter(facts: Facts) -> str:
-    """By plain peft, on the base that it was trained on: its Hub id, or the folder of the version that it is."""
+    """transformers reads the base from `adapter_config.json` (a Hub id, or a version's folder), and puts the adapter on it."""
     base: Mapping[str, Any] = facts.adapters.get(".", {})
     ref = base.get("ref")
-    auto = "AutoPeftModelForSequenceClassification" if facts.stage == "rm" else "AutoPeftModelForCausalLM"
+    auto = "AutoModelForSequenceClassification" if facts.stage == "rm" else "AutoModelForCausalLM"
     own = facts.config.get("hub_model_id") or "user/name"
     labels = ", num_labels=1" if facts.stage == "rm" else ""
     lines = [
-        f"from peft import {auto}",
-        "from transformers import AutoTokenizer",
+        f"from transformers import {auto}, AutoTokenizer",
         f'tokenizer = AutoTokenizer.from_pretrained("{own}")',
         f'model = {auto}.from_pretrained("{own}"{labels}).eval()',
     ]
-    parts = [_fence("\n".join(lines), "python")]
+    parts = ["With `peft` installed:", _fence("\n".join(lines), "python")]
     if facts.stage == "rm":
         bias = float(base.get("reward_bias") or 0.0)
         call = "model(**tokenizer(prompt + answer + tokenizer.eos_token, return_tensors='pt')).logits[0, 0]"
