@@ -434,7 +434,7 @@ def prefixes(text: str, others: set[str]) -> list[str]:
 def test_at_most_three_in_ten_demonstrations_are_bad(files):
     scores = [judge(record["prompt"], record["completion"]).utility for record in files["demonstrations"]]
     bad = sum(score < BAR for score in scores) / len(scores)
-    assert 0.1 < bad <= 0.30
+    assert 0.03 < bad <= 0.30
     assert files["manifest"]["demonstrations"]["bad_share"] == pytest.approx(bad, abs=1e-4)
     assert sum(BAR <= score < 0.99 for score in scores) > 0.6 * len(scores)
 

@@ -190,7 +190,7 @@ BLEMISHES: dict[str, tuple[Fault, float]] = {  # small faults: the answer stays 
     "extra_fact": (extra_fact, 2),
     "filler": (filler, 1),
     "exclaims": (exclaims, 1),
-    "slip": (slip, 6),
+    "slip": (slip, 3),
 }
 
 HABIT = 0.75  # of the fair demonstrations have the habit of their task, the rest any small fault

@@ -25,7 +25,7 @@ LABELERS, CUSTOMERS = 40, 400
 TRIES = 500  # for a request that fits
 TRIES_FOR_A_NEW_ONE = 30  # a small kind may have none that was not used
 
-BAD, FAIR = 0.12, 0.82  # shares of the demonstrations; the rest are the judge's best
+BAD, FAIR = 0.08, 0.86  # shares of the demonstrations; the rest are the judge's best
 
 
 @dataclass
