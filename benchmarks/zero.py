@@ -13,6 +13,7 @@ median over the steps of all rounds. --profile prints where the first process of
 
 import argparse
 import cProfile
+import gc
 import itertools
 import json
 import os
@@ -106,7 +107,7 @@ def child(args: argparse.Namespace, folder: Path, out: Path) -> None:
     moments: list[float] = []
     training.MarkComplete.on_step_end = lambda self, *_, **__: moments.append(time.perf_counter())
     found: dict[str, list[float]] = {}
-    for stage in args.stages:
+    for i, stage in enumerate(args.stages):
         importlib.import_module(f"rlhf.{stage}")
         if stage == "ppo":
             sys.modules["rlhf.ppo"].PPO.report = timed(sys.modules["rlhf.ppo"].PPO.report, moments)
@@ -117,7 +118,8 @@ def child(args: argparse.Namespace, folder: Path, out: Path) -> None:
         words = ["--config", str(folder / f"{stage}.json"), "--output_dir", str(folder / f"runs-{out.stem}")]
         if stage != "ppo":  # whose batches are totals
             words += ["--per_device_train_batch_size", str(16 // int(os.environ.get("WORLD_SIZE", "1")))]
-        run_stage(stage, words)
+        run_stage(stage, words, last=i + 1 == len(args.stages))
+        gc.collect()  # transformers knows of a launch under ZeRO 3 by an object of the stage before
         profile.disable()
         found[stage] = [b - a for a, b in itertools.pairwise(moments)][LEFT_OUT[stage] :]
         if args.profile and main_process:
