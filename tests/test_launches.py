@@ -89,7 +89,13 @@ def stage_args(tmp_path, processes):
             **each,
         ),
         "reward": tiny.reward_args(
-            tmp_path, tiny.comparisons(16), max_steps=4, model_name_or_path="tiny/sft/v1", eval_fraction=0.2, **each
+            tmp_path,
+            tiny.comparisons(16),
+            max_steps=4,
+            model_name_or_path="tiny/sft/v1",
+            max_train_samples=7,  # steps of four and of three, which two processes cannot share
+            eval_fraction=0.2,
+            **each,
         ),
         "ppo": test_ppo.ppo_args(
             tmp_path,
