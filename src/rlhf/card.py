@@ -234,58 +234,53 @@ def _section(title: str, body: str) -> str:
 
 
 def _loading(facts: Facts) -> str:
-    if facts.is_adapter:
-        return _loading_an_adapter(facts)
-    auto = "AutoModelForSequenceClassification" if facts.stage == "rm" else "AutoModelForCausalLM"
-    name = facts.config.get("hub_model_id") or "user/name"
-    told = "" if facts.config.get("hub_model_id") else "`user/name` is this repository's id, or a local folder. "
+    """By plain transformers. Of an adapter it reads the base from `adapter_config.json`: a Hub id, or a version's folder."""
+    hub_id, reward = facts.config.get("hub_model_id"), facts.stage == "rm"
+    name = hub_id or "user/name"
+    auto = "AutoModelForSequenceClassification" if reward else "AutoModelForCausalLM"
+    labels = ", num_labels=1" if facts.is_adapter and reward else ""
     lines = [
         f"from transformers import {auto}, AutoTokenizer",
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        f'model = {auto}.from_pretrained("{name}")',
+        f'model = {auto}.from_pretrained("{name}"{labels})' + (".eval()" if facts.is_adapter else ""),
     ]
-    parts = [_fence("\n".join(lines), "python")]
-    if facts.stage == "rm":
-        plus = " + model.config.reward_bias" if facts.metrics.get("bias_kept_in") == "config.reward_bias" else ""
+    parts = ["With `peft` installed:"] if facts.is_adapter else []
+    parts.append(_fence("\n".join(lines), "python"))
+    if reward:
         call = "model(**tokenizer(prompt + answer + tokenizer.eos_token, return_tensors='pt')).logits[0, 0]"
-        parts.append(f"The reward of an answer that has ended:\n\n{_fence(f'reward = {call}{plus}', 'python')}")
+        parts.append(
+            f"The reward of an answer that has ended:\n\n{_fence(f'reward = {call}{_plus_bias(facts)}', 'python')}"
+        )
+    parts += _stands_on(facts)
+    told = "" if hub_id else "`user/name` is this repository's id, or a local folder. "
     parts.append(f"{told}The tag `rlhf-vN` is version N; `stage.json` holds its full record.")
     return "\n\n".join(parts)
 
 
-def _loading_an_adapter(facts: Facts) -> str:
-    """transformers reads the base from `adapter_config.json` (a Hub id, or a version's folder), and puts the adapter on it."""
-    base: Mapping[str, Any] = facts.adapters.get(".", {})
+def _plus_bias(facts: Facts) -> str:
+    """What is added to a reward model's output so that demonstrations score 0, where its weights do not hold it."""
+    if facts.is_adapter:
+        bias = float(facts.adapters.get(".", {}).get("reward_bias") or 0.0)
+        return f" + {bias!r}" if bias else ""
+    return " + model.config.reward_bias" if facts.metrics.get("bias_kept_in") == "config.reward_bias" else ""
+
+
+def _stands_on(facts: Facts) -> Iterator[str]:
+    """What an adapter's base is, and how to come by it."""
+    base: Mapping[str, Any] = facts.adapters.get(".", {}) if facts.is_adapter else {}
     ref = base.get("ref")
-    auto = "AutoModelForSequenceClassification" if facts.stage == "rm" else "AutoModelForCausalLM"
-    own = facts.config.get("hub_model_id") or "user/name"
-    labels = ", num_labels=1" if facts.stage == "rm" else ""
-    lines = [
-        f"from transformers import {auto}, AutoTokenizer",
-        f'tokenizer = AutoTokenizer.from_pretrained("{own}")',
-        f'model = {auto}.from_pretrained("{own}"{labels}).eval()',
-    ]
-    parts = ["With `peft` installed:", _fence("\n".join(lines), "python")]
-    if facts.stage == "rm":
-        bias = float(base.get("reward_bias") or 0.0)
-        call = "model(**tokenizer(prompt + answer + tokenizer.eos_token, return_tensors='pt')).logits[0, 0]"
-        reward = f"reward = {call}" + (f" + {bias!r}" if bias else "")
-        parts.append(f"The reward of an answer that has ended:\n\n{_fence(reward, 'python')}")
     if ref is not None:
         name = ref.ref if isinstance(ref, Artifact) else _shown(str(ref))
         at = f" at revision `{base['revision']}`" if base.get("revision") else ""
-        parts.append(f"A LoRA adapter on `{name}`{at}, whose weights have sha256 `{base['sha256']}`.")
+        yield f"A LoRA adapter on `{name}`{at}, whose weights have sha256 `{base['sha256']}`."
     if isinstance(ref, Artifact):
-        parts.append(
+        yield (
             "That base is a version of the same registry, and `adapter_config.json` holds its folder there: load it and give it "
             "to `PeftModel.from_pretrained`, or merge the two with `rlhf registry merge`."
         )
     if base.get("quantization"):
         bits = "4" if base["quantization"].get("load_in_4bit") else "8"
-        parts.append(f"It was trained on that base quantised to {bits} bits (bitsandbytes); load the base so.")
-    told = "" if facts.config.get("hub_model_id") else "`user/name` is this repository's id, or a local folder. "
-    parts.append(f"{told}`stage.json` holds its full record.")
-    return "\n\n".join(parts)
+        yield f"It was trained on that base quantised to {bits} bits (bitsandbytes); load the base so."
 
 
 def _lineage(facts: Facts) -> str:
