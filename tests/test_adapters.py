@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -147,10 +148,25 @@ def test_plain_peft_and_transformers_load_what_is_published(tmp_path, chains, ar
     base = AutoModelForCausalLM.from_pretrained(registry.require("base", "tiny").path).eval()
     assert (words(tokenizer, logits(base)) - ours).abs().max() > 1e-4  # the adapter does something
 
+    by_card = by_its_card(artifact)
+    assert not any(module.training for module in by_card["model"].modules())  # or dropout would be on
+    assert_close(words(tokenizer, logits(by_card["model"])), ours, rtol=0, atol=1e-5)
+
     artifact = registry.require("rm", "tiny")
-    own = scores(models.load_scalar_model(artifact.path, tokenizer).eval())
+    scorer = models.load_scalar_model(artifact.path, tokenizer).eval()
+    own = scores(scorer)
+    by_card = by_its_card(artifact, prompt="Feed 1:", answer=" geese")
+    row = tokenizer("Feed 1: geese" + tokenizer.eos_token)["input_ids"]
+    assert by_card["reward"].item() == pytest.approx(tiny.scores(scorer, [row]).item(), abs=1e-5)
     for kind in (AutoPeftModelForSequenceClassification, AutoModelForSequenceClassification):
         assert_close(scores(kind.from_pretrained(artifact.path, num_labels=1).eval()), own, rtol=0, atol=1e-5)
+
+
+def by_its_card(artifact, **names):
+    """What the lines of a version's card make, from its own folder."""
+    for code in re.findall(r"```python\n(.*?)\n```", (artifact.path / "README.md").read_text(), re.S):
+        exec(code.replace("user/name", str(artifact.path)), names)
+    return names
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

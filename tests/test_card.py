@@ -180,6 +180,15 @@ def test_adapters_are_said_to_be_adapters(registry):
     assert (read.data.library_name, read.data["base_model_relation"]) == ("peft", "adapter")
 
 
+def test_an_adapters_score_has_the_bias_of_its_record(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    facts = {"parents": [], "base_model": None, "config": {}, "data": [], "metrics": {}, "extra": None}
+    card.write(
+        *(tmp_path, "demo", "rm"), **facts, adapters={".": {"ref": "some/llama", "sha256": "c", "reward_bias": -0.25}}
+    )
+    assert ".logits[0, 0] + -0.25\n" in (tmp_path / "README.md").read_text()
+
+
 def test_the_config_is_shown_without_tokens_and_without_peoples_folders(registry):
     token = "hf_" + "a1B2" * 8
     config = {
