@@ -149,7 +149,7 @@ def test_plain_peft_and_transformers_load_what_is_published(tmp_path, chains, ar
     assert (words(tokenizer, logits(base)) - ours).abs().max() > 1e-4  # the adapter does something
 
     by_card = by_its_card(artifact)
-    assert not any(module.training for module in by_card["model"].modules())  # or dropout would be on
+    assert not any(module.training for module in by_card["model"].modules())  # dropout is off
     assert_close(words(tokenizer, logits(by_card["model"])), ours, rtol=0, atol=1e-5)
 
     artifact = registry.require("rm", "tiny")

@@ -242,7 +242,7 @@ def _loading(facts: Facts) -> str:
     lines = [
         f"from transformers import {auto}, AutoTokenizer",
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        f'model = {auto}.from_pretrained("{name}"{labels})' + (".eval()" if facts.is_adapter else ""),
+        f'model = {auto}.from_pretrained("{name}"{labels})',
     ]
     parts = ["With `peft` installed:"] if facts.is_adapter else []
     parts.append(_fence("\n".join(lines), "python"))
