@@ -9,9 +9,9 @@ import pytest
 import test_ppo
 import tiny
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from rlhf.engine import EngineError, check_trainers_optimizer, refuse_other_than_adam
+from rlhf.engine import EngineError, gather_by_layer, prepare_trainer, refuse_other_than_adam
 from rlhf.launch import LaunchError, check_launch, ran_out_of_memory
 from rlhf.planning.advice import memory_advice
 
@@ -64,26 +64,38 @@ def test_a_lock_that_a_killed_launch_left_is_refused_and_a_new_one_told(monkeypa
 @pytest.mark.parametrize("device", ["cpu", "none"])
 def test_an_offloaded_optimiser_is_an_adam(device):
     """DeepSpeed's CPU Adam would step in the place of any other, in silence: under PPO's engine and under Trainer's."""
-    config = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": device}}}
+    config = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": device}}}
 
     def trainer(optim):
-        plugin = SimpleNamespace(deepspeed_config=config)
+        plugin = SimpleNamespace(deepspeed_config=config, zero_stage=2)
         made = SimpleNamespace(accelerator=SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)))
         made.args = TrainingArguments(output_dir="unused", optim=optim, report_to="none")
+        made.model = torch.nn.Linear(1, 1)
         made.get_optimizer_cls_and_kwargs = Trainer.get_optimizer_cls_and_kwargs
         return made
 
-    check_trainers_optimizer(trainer("adamw_torch"))
+    prepare_trainer(trainer("adamw_torch"))
     refuse_other_than_adam(config, torch.optim.Adam)
     if device == "none":
-        check_trainers_optimizer(trainer("sgd"))
+        prepare_trainer(trainer("sgd"))
         return
     for check in (
-        lambda: check_trainers_optimizer(trainer("sgd")),
+        lambda: prepare_trainer(trainer("sgd")),
         lambda: refuse_other_than_adam(config, torch.optim.SGD),
     ):
         with pytest.raises(EngineError, match="an offloaded optimiser is DeepSpeed's CPU Adam, and SGD was asked for"):
             check()
+
+
+@pytest.mark.parametrize("stage, trained, expected", [(3, "all", 2), (3, "a part", 0), (2, "all", 0)])
+def test_zero_3_gathers_layers_whole_where_all_of_them_learn(stage, trained, expected):
+    """2 layers; one whose weights are frozen, as under adapters, would be released before its gradient is computed."""
+    leaves = pytest.importorskip("deepspeed.utils.z3_leaf_module")
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=16))
+    if trained == "a part":
+        model.transformer.wte.weight.requires_grad_(False)
+    gather_by_layer(model, stage)
+    assert leaves.get_z3_leaf_modules(model) == list(model.transformer.h)[:expected]
 
 
 def test_errors_of_memory_are_told_from_others():

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf import RLHFError
 
@@ -90,6 +91,7 @@ class ZeroEngine(Engine):
         refuse_other_than_adam(config, type(optimizer))
         # A parameter without a gradient in one part of a step would keep the one of the step before, or lose its own.
         model.every_part_uses_all = True
+        gather_by_layer(model, self.stage)
         super().__init__(accelerator, model, optimizer)
         self.zero = self.model.optimizer  # DeepSpeed's: the gradients are its own
 
@@ -189,11 +191,25 @@ def refuse_other_than_adam(config: dict[str, Any], optimizer: type[torch.optim.O
         )
 
 
-def check_trainers_optimizer(trainer: Any) -> None:
-    """The same for transformers' Trainer, whose optimiser is made and put into its engine when training begins."""
+def gather_by_layer(model: nn.Module, stage: int) -> None:
+    """Has ZeRO 3 gather a transformer layer at once, as FSDP does, and not each of its modules by itself.
+
+    Not where weights are frozen (adapters): DeepSpeed would release such a layer before its gradient is computed.
+    """
+    if stage == 3 and all(p.requires_grad for p in model.parameters()):
+        from deepspeed.utils import set_z3_leaf_modules
+
+        set_z3_leaf_modules(model, [GradientCheckpointingLayer], raise_if_not_found=False)
+
+
+def prepare_trainer(trainer: Any) -> None:
+    """The same of transformers' Trainer, whose model and optimiser become an engine when training begins: its optimiser is
+    checked, and its layers are gathered whole.
+    """
     plugin = trainer.accelerator.state.deepspeed_plugin
     if plugin is not None:
         refuse_other_than_adam(plugin.deepspeed_config, trainer.get_optimizer_cls_and_kwargs(trainer.args)[0])
+        gather_by_layer(trainer.model, plugin.zero_stage)
 
 
 # ------------------------------------------------------------------------------------------------- weights that are spread

@@ -25,7 +25,7 @@ from transformers import (
 from rlhf.config import PretrainArgs
 from rlhf.data import fingerprint
 from rlhf.data.encode import CHAT_TEMPLATE, blocks
-from rlhf.engine import check_trainers_optimizer
+from rlhf.engine import prepare_trainer
 from rlhf.models import PAD_TOKEN, compile_layers, load_tokenizer
 from rlhf.registry import Artifact
 from rlhf.training import (
@@ -73,7 +73,7 @@ def run(args: PretrainArgs) -> Artifact | None:
             data_collator=default_data_collator,
             callbacks=[MarkComplete(args.save_total_limit)],
         )
-        check_trainers_optimizer(trainer)
+        prepare_trainer(trainer)
         data = [fingerprint(text)]
         pin_inputs(work, resume, {}, data)
         refuse_other_architecture(model, resume)

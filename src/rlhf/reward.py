@@ -30,7 +30,7 @@ from rlhf import adapters, reward_report, shared_prompt
 from rlhf.config import RewardArgs
 from rlhf.data import fingerprint, load
 from rlhf.data.encode import batches, encode_completions, encode_prompts, pad
-from rlhf.engine import check_trainers_optimizer, settle
+from rlhf.engine import prepare_trainer, settle
 from rlhf.evaluation import ranking_metrics
 from rlhf.models import (
     add_head,
@@ -100,7 +100,7 @@ def run(args: RewardArgs) -> Artifact | None:
             )
         demonstrations = demonstration_rows(args, tokenizer, comparisons, limit)
         trainer = new_trainer(args, training_args, model, tokenizer, train, evaluation)
-        check_trainers_optimizer(trainer)
+        prepare_trainer(trainer)
         data = [fingerprint(comparisons)]
         pin_inputs(work, resume, {"model_name_or_path": (path, sft)}, data)
         refuse_other_architecture(model, resume)

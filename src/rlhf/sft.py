@@ -26,7 +26,7 @@ from rlhf.config import SFTArgs
 from rlhf.data import fingerprint
 from rlhf.data.encode import blocks, encode_demonstrations, encode_prompts
 from rlhf.data.records import prompt_text
-from rlhf.engine import check_trainers_optimizer, gathered, settle, whole
+from rlhf.engine import gathered, prepare_trainer, settle, whole
 from rlhf.evaluation import answer, score_answers
 from rlhf.models import (
     accepts,
@@ -101,7 +101,7 @@ def run(args: SFTArgs) -> Artifact | None:
                 processing_class=tokenizer,
                 callbacks=[MarkComplete(args.save_total_limit)],
             )
-        check_trainers_optimizer(trainer)
+        prepare_trainer(trainer)
         chooser, judge = choose_by_reward(args, registry, work, tokenizer, held_out)
         if chooser is not None:
             chooser.trainer = trainer

@@ -173,7 +173,8 @@ def states(shape: Shape, parameters: int, job: Job, setup: Setup) -> States:
     gradients = each * n / (world if sharding.level >= 2 else 1)
     if sharding.level < 3:
         return States(each * n, gradients, optimizer, buckets)
-    gathered = each * min(n, MAX_LIVE)
+    layer = shape.matrix_parameters // shape.layers  # gathered at once, even where it is more than may be live
+    gathered = each * min(n, max(MAX_LIVE, layer))
     if sharding.offload:
         return States(0, 0, 0, buckets + gathered, host=each * n / world + gradients + optimizer)
     return States(each * n / world, gradients, optimizer, buckets + gathered)
