@@ -11,7 +11,7 @@ import tiny
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from rlhf.engine import EngineError, gather_by_layer, prepare_trainer, refuse_other_than_adam
+from rlhf.engine import EngineError, prepare_trainer, refuse_other_than_adam
 from rlhf.launch import LaunchError, check_launch, ran_out_of_memory
 from rlhf.planning.advice import memory_advice
 
@@ -94,7 +94,10 @@ def test_zero_3_gathers_layers_whole_where_all_of_them_learn(stage, trained, exp
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=16))
     if trained == "a part":
         model.transformer.wte.weight.requires_grad_(False)
-    gather_by_layer(model, stage)
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": stage}}, zero_stage=stage)
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)), model=model)
+    trainer.args, trainer.get_optimizer_cls_and_kwargs = None, lambda args: (torch.optim.AdamW, {})
+    prepare_trainer(trainer)
     assert leaves.get_z3_leaf_modules(model) == list(model.transformer.h)[:expected]
 
 

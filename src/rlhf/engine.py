@@ -203,9 +203,7 @@ def gather_by_layer(model: nn.Module, stage: int) -> None:
 
 
 def prepare_trainer(trainer: Any) -> None:
-    """The same of transformers' Trainer, whose model and optimiser become an engine when training begins: its optimiser is
-    checked, and its layers are gathered whole.
-    """
+    """Before transformers' Trainer makes an engine of its model and optimiser: the same refusal, and whole layers."""
     plugin = trainer.accelerator.state.deepspeed_plugin
     if plugin is not None:
         refuse_other_than_adam(plugin.deepspeed_config, trainer.get_optimizer_cls_and_kwargs(trainer.args)[0])
