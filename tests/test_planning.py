@@ -408,6 +408,14 @@ def test_each_saving_saves():
         assert qlora < lora < peaks[0]
 
 
+def test_zero_3_gathers_a_layer_of_175b_whole():
+    """12 · 12288² numbers of 2 bytes are more than the 10⁹ that may be live; besides two buckets of 2 · 10⁸."""
+    shape = find("facebook/opt-175b")
+    job = Job(shape, shape, gpus=512)
+    buffers = memory.states(shape, shape.parameters, job, Setup("zero3")).buffers
+    assert buffers == 2 * (12 * 12288**2 + 2 * memory.REDUCE_BUCKET)
+
+
 def test_175b_on_hundreds_of_gpus():
     found = plan(model="opt-175b", gpus=512)
     assert found.setup.strategy == "zero3" and found.memory.peak < 80 * GIB
