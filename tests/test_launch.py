@@ -61,26 +61,29 @@ def test_a_lock_that_a_killed_launch_left_is_refused_and_a_new_one_told(monkeypa
         check_launch()
 
 
+def stand_in(config, optim, model=None):
+    """What is asked of a Trainer before it makes an engine."""
+    plugin = SimpleNamespace(deepspeed_config=config, zero_stage=config["zero_optimization"]["stage"])
+    return SimpleNamespace(
+        accelerator=SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)),
+        args=TrainingArguments(output_dir="unused", optim=optim, report_to="none"),
+        model=model or torch.nn.Linear(1, 1),
+        get_optimizer_cls_and_kwargs=Trainer.get_optimizer_cls_and_kwargs,
+    )
+
+
 @pytest.mark.parametrize("device", ["cpu", "none"])
 def test_an_offloaded_optimiser_is_an_adam(device):
     """DeepSpeed's CPU Adam would step in the place of any other, in silence: under PPO's engine and under Trainer's."""
     config = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": device}}}
 
-    def trainer(optim):
-        plugin = SimpleNamespace(deepspeed_config=config, zero_stage=2)
-        made = SimpleNamespace(accelerator=SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)))
-        made.args = TrainingArguments(output_dir="unused", optim=optim, report_to="none")
-        made.model = torch.nn.Linear(1, 1)
-        made.get_optimizer_cls_and_kwargs = Trainer.get_optimizer_cls_and_kwargs
-        return made
-
-    prepare_trainer(trainer("adamw_torch"))
+    prepare_trainer(stand_in(config, "adamw_torch"))
     refuse_other_than_adam(config, torch.optim.Adam)
     if device == "none":
-        prepare_trainer(trainer("sgd"))
+        prepare_trainer(stand_in(config, "sgd"))
         return
     for check in (
-        lambda: prepare_trainer(trainer("sgd")),
+        lambda: prepare_trainer(stand_in(config, "sgd")),
         lambda: refuse_other_than_adam(config, torch.optim.SGD),
     ):
         with pytest.raises(EngineError, match="an offloaded optimiser is DeepSpeed's CPU Adam, and SGD was asked for"):
@@ -94,10 +97,7 @@ def test_zero_3_gathers_layers_whole_where_all_of_them_learn(stage, trained, exp
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=16))
     if trained == "a part":
         model.transformer.wte.weight.requires_grad_(False)
-    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": stage}}, zero_stage=stage)
-    trainer = SimpleNamespace(accelerator=SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)), model=model)
-    trainer.args, trainer.get_optimizer_cls_and_kwargs = None, lambda args: (torch.optim.AdamW, {})
-    prepare_trainer(trainer)
+    prepare_trainer(stand_in({"zero_optimization": {"stage": stage}}, "adamw_torch", model))
     assert leaves.get_z3_leaf_modules(model) == list(model.transformer.h)[:expected]
 
 
