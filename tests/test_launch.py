@@ -1,5 +1,6 @@
 """What a launch asks of the machine, and what is said when its memory does not do."""
 
+import importlib
 import os
 import sys
 import time
@@ -99,6 +100,19 @@ def test_zero_3_gathers_layers_whole_where_all_of_them_learn(stage, trained, exp
         model.transformer.wte.weight.requires_grad_(False)
     prepare_trainer(stand_in({"zero_optimization": {"stage": stage}}, "adamw_torch", model))
     assert leaves.get_z3_leaf_modules(model) == list(model.transformer.h)[:expected]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward"])
+def test_each_stage_prepares_its_trainer_before_it_trains(monkeypatch, tmp_path, stage):
+    def refuse(trainer):
+        assert trainer.state.global_step == 0
+        raise EngineError("asked")
+
+    module = importlib.import_module(f"rlhf.{stage}")
+    monkeypatch.setattr(module, "prepare_trainer", refuse)
+    tiny.published(tmp_path, "base", "sft")
+    with pytest.raises(EngineError, match="asked"):
+        module.run(getattr(tiny, f"{stage}_args")(tmp_path))
 
 
 def test_errors_of_memory_are_told_from_others():
