@@ -244,7 +244,7 @@ def test_recorded_steps_give_the_answers_of_the_cpu(tokenizer, opt_tokenizer, mo
     recorded = []
     record = Decoder._record
     monkeypatch.setattr(Decoder, "_record", lambda self: recorded.append(len(self.token)) or record(self))
-    case = gpu_setup(name, tokenizer if name == "gpt2" else opt_tokenizer, bonus=3.0)
+    case = gpu_setup(name, tokenizer if name == "gpt2" else opt_tokenizer, bonus=4.0)
     case.policy.set_attn_implementation(implementation)
     draws = torch.stack([uniforms(0, 0, i, 24) for i in range(len(case.prompts))])
     ends = {"eos_token_id": case.tokenizer.eos_token_id, "pad_token_id": case.tokenizer.pad_token_id}

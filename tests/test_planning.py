@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from rlhf import config
-from rlhf.models import hidden_states, values_at
+from rlhf.models import fuse_activations, hidden_states, values_at
 from rlhf.objectives import ema_update, ranking_loss
 from rlhf.planning import activations as act
 from rlhf.planning import memory, search
@@ -55,12 +55,14 @@ def config_of(kind, hidden=64, layers=3, heads=4, vocab=512, dropout=0.0, attent
 
 
 def built(kind, cls=AutoModelForCausalLM, **sizes):
-    """A model with random weights, and its shape."""
+    """A model with random weights, as the stages run it, and its shape."""
     loaded = config_of(kind, **sizes)
     shape = from_config(kind, loaded.to_dict())
     loaded.num_labels = 1
     torch.manual_seed(0)
-    return cls.from_config(loaded), shape
+    model = cls.from_config(loaded)
+    fuse_activations(model)
+    return model, shape
 
 
 def size(tensors):
@@ -254,7 +256,7 @@ def test_peak_of_sft(kind, sizes):
     ids, mask = batch(4, 160, sizes["vocab"])
 
     def run():
-        model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True).loss.backward()
+        model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False, fused_lm_head=True).loss.backward()
 
     # The config has residual dropout alone; a GPT-2 checkpoint drops attention weights, too.
     shape = dataclasses.replace(shape, attention_dropout=0.0)
@@ -273,7 +275,7 @@ def test_peak_of_the_reward_model(kind, sizes, checkpointing):
     ranks, prompt = torch.tensor([1, 2, 3, 4] * 2), torch.tensor([0] * 4 + [1] * 4)
 
     def run():
-        scores = model(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
+        scores = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.squeeze(-1)
         ranking_loss(scores, ranks, prompt).backward()
 
     estimate = memory.rm(

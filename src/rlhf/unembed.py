@@ -88,8 +88,10 @@ class _LogProbs(torch.autograd.Function):
         total = torch.empty_like(logp)
         for part in _parts(len(hidden)):
             z = _logits(hidden[part].to(dtype), low, temperature, out)
-            total[part] = z.logsumexp(-1)
-            logp[part] = z.gather(-1, tokens[part, None])[:, 0] - total[part]
+            chosen = z.gather(-1, tokens[part, None])[:, 0]
+            top = z.amax(-1, keepdim=True)  # log-sum-exp in place: torch's own takes another tensor of this size
+            total[part] = z.sub_(top).exp_().sum(-1).log_().add_(top[:, 0])
+            logp[part] = chosen - total[part]
         ctx.save_for_backward(hidden, weight, tokens, total, banned)
         return logp
 

@@ -57,15 +57,7 @@ def _gpt2_block(shape: Shape, p: Pass) -> int:
     h = shape.hidden
     norms = 2 * h * p.r + 16  # inputs; mean and 1/sigma in float32
     matrices = 6 * h * p.s  # inputs of c_attn and c_fc; q, k, v; the attention's output
-    return norms + matrices + shape.ffn * _gelu_new(p) + _residual_dropout(shape, p)
-
-
-def _gelu_new(p: Pass) -> int:
-    """0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))) saves x, 0.5 x, tanh, 1 + tanh and the result, which c_proj needs.
-
-    CUDA's autocast computes the power in float32, and what follows with it: x, tanh and 1 + tanh take 4 bytes.
-    """
-    return 3 * 4 + 2 * 2 if (p.mode, p.device) == ("autocast", "cuda") else 5 * p.s
+    return norms + matrices + 2 * shape.ffn * p.s + _residual_dropout(shape, p)  # … ; gelu's input and c_proj's
 
 
 def _opt_block(shape: Shape, p: Pass) -> int:
@@ -101,7 +93,7 @@ def outside(shape: Shape, p: Pass) -> int:
         per_token += h * p.s  # project_out's input; project_in's is the embedding
         per_token += shape.embed * p.s
     if p.dropout and shape.embedding_dropout:
-        per_token += h * (1 if p.device == "cuda" else 4)
+        per_token += h * (1 if p.device == "cuda" else p.r)
     return p.tokens * per_token
 
 
@@ -112,19 +104,22 @@ def backbone(shape: Shape, p: Pass, checkpointing: bool = False) -> int:
 
 
 def backward_of_a_layer(shape: Shape, p: Pass, checkpointing: bool = False) -> int:
-    """Bytes that come and go in a layer's backward: gradients of MLP and residual stream; all that it saves, if recomputed."""
-    gradients = p.tokens * (2 * shape.ffn * p.s + 2 * shape.hidden * p.r)
+    """Bytes that come and go in a layer's backward: gradients of MLP and residual stream; all that it saves, if recomputed.
+
+    Of GPT-2's MLP one gradient at once: c_proj's input is freed before gelu's backward pass. A ReLU keeps that input as its own.
+    """
+    wide = 1 if shape.family == "gpt2" else 2
+    gradients = p.tokens * (wide * shape.ffn * p.s + 2 * shape.hidden * p.r)
     return gradients + (block(shape, p) if checkpointing else 0)
 
 
 def without_gradient(shape: Shape, p: Pass) -> int:
     """Bytes of the widest moment of a forward that saves nothing, which is in an MLP. Measured by the allocator's record.
 
-    GPT-2 holds four numbers of its MLP's width at once (gelu_new) and six of the model's, OPT two and four.
+    GPT-2 and OPT hold two numbers of their MLP's width at once, GPT-2 six of the model's and OPT four.
     """
-    wide, stream = {"gpt2": (4, 6), "opt": (2, 4), "llama": (3, 4)}[shape.family]
-    mlp = shape.ffn * (2 * 2 + 2 * 4 if (p.mode, p.device, wide) == ("autocast", "cuda", 4) else wide * p.s)
-    return p.tokens * (mlp + shape.hidden * (2 * p.r + (stream - 2) * p.s))
+    wide, stream = {"gpt2": (2, 6), "opt": (2, 4), "llama": (3, 4)}[shape.family]
+    return p.tokens * (wide * shape.ffn * p.s + shape.hidden * (2 * p.r + (stream - 2) * p.s))
 
 
 def weight_copies(shape: Shape, p: Pass) -> int:
