@@ -104,10 +104,19 @@ def test_completions_share_the_row_of_their_prompt():
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2, 0, 1, 1, 1]]
     assert batch["lengths"].tolist() == [[2, 2, 1, *[0] * 7], [1, 1, 1, 1, *[0] * 6]]
     assert batch["read"].tolist() == [3, 4, 6, 7, 8]
-    first, second = shared_prompt.layout([2, 1], [[2, 1], [1, 1, 1]], torch.device("cpu"))
+    assert type(shared_prompt.layout([1], [[1, 1]], torch.device("cpu"))) is list
+    first, second = shared_prompt.groups_of([2, 1], [[2, 1], [1, 1, 1]], torch.device("cpu"))
     assert (first.prompt, first.tokens, second.prompt, second.tokens) == (2, 3, 1, 3)
     assert first.own.tolist() == [[0, 1], [2, 2]] and first.real.tolist() == [0, 1, 2]
     assert first.mask.int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    rows = shared_prompt.block([2, 1], [[2, 1], [1, 1, 1]], torch.device("cpu"))
+    assert rows.prompts.tolist() == [[0, 1], [5, 5]]
+    assert rows.completions.tolist() == [[2, 3], [4, 4], [6, 6], [7, 7], [8, 8]]
+    assert rows.whose.tolist() == [[1, 0], [1, 0], [0, 1], [0, 1], [0, 1]]
+    assert rows.mask.shape == (5, 1, 2, 4)
+    assert rows.mask[1, 0].int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert rows.mask[2, 0].int().tolist() == [[1, 0, 1, 0], [1, 0, 1, 1]]
+    assert rows.back.tolist() == [0, 1, 4, 5, 6, 2, 8, 10, 12]
     plain = reward.Collator(0, share_prompt=False)(items)
     assert plain["input_ids"].tolist() == [[5, 6, 7, 8], [5, 6, 9, 0], [4, 7, 0, 0], [4, 8, 0, 0], [4, 9, 0, 0]]
     assert plain["read"].tolist() == [3, 6, 9, 13, 17] and "lengths" not in plain
@@ -172,8 +181,14 @@ def scores_and_gradients(model, items, share):
     return scores.detach(), loss.detach(), gradients
 
 
+@pytest.fixture(params=["groups_of", "block"])
+def layout(request, monkeypatch):
+    """Each layout in turn, whatever the device."""
+    monkeypatch.setattr(shared_prompt, "layout", getattr(shared_prompt, request.param))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_shared_prompts_give_the_scores_and_gradients_of_one_row_a_completion(family):
+def test_shared_prompts_give_the_scores_and_gradients_of_one_row_a_completion(layout, family):
     """Every family that may share: to 1e-5 in scores, loss and gradients, where scores vary by 0.1 and more."""
     assert set(FAMILIES) == shared_prompt.MODEL_TYPES
     model, items = scalar_model(family), random_items()
@@ -195,7 +210,7 @@ def test_shared_prompts_give_the_scores_and_gradients_of_one_row_a_completion(fa
     torch.testing.assert_close(again, plain, rtol=0, atol=1e-6)
 
 
-def test_gradient_checkpointing_of_shared_prompts():
+def test_gradient_checkpointing_of_shared_prompts(layout):
     model, items = scalar_model("gpt2").train(), random_items()
     shared_prompt.enable(model)
     _, _, expected = scores_and_gradients(model, items, share=True)

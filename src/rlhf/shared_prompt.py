@@ -2,7 +2,9 @@
 
 All prompts of a batch lie in one row, each followed by its completions: every token passes the layers once, a prompt once for
 its K completions, and nothing is padding. Attention is what tells sequences apart: a prompt sees itself, a completion sees
-its prompt and itself. It runs prompt by prompt, so that no [L, L] mask of the row is ever made.
+its prompt and itself. No [L, L] mask of the row is ever made. On a CPU attention runs prompt by prompt, without a padded key; on
+a GPU, where starting so many small kernels would take longer than they run, all prompts of the row are attended to in one padded
+call, and all completions in another.
 
 It is an implementation of transformers' attention interface, by the name `rlhf_shared_prompt`. Without a layout it is `sdpa`.
 """
@@ -43,8 +45,57 @@ class Group:
     mask: Tensor
 
 
-def layout(prompts: Sequence[int], completions: Sequence[Sequence[int]], device: torch.device) -> list[Group]:
+@dataclass(frozen=True)
+class Block:
+    """All B prompts of the row and their N completions, padded to the longest; padding repeats a last token, and is never seen.
+
+    prompts [B, P], completions [N, T]: places in the row. whose [N, B]: 1 where a completion answers a prompt.
+    mask [N, 1, T, P + T]: what each token of a completion sees of its prompt and of its own tokens.
+    back [tokens]: where the row's tokens are among the flattened prompts, and the flattened completions behind them.
+    """
+
+    prompts: Tensor
+    completions: Tensor
+    whose: Tensor
+    mask: Tensor
+    back: Tensor
+
+
+Layout = list[Group] | Block
+
+
+def layout(prompts: Sequence[int], completions: Sequence[Sequence[int]], device: torch.device) -> Layout:
     """Where everything is in a row of prompts (their lengths), each with its completions (theirs) behind it."""
+    if device.type == "cuda":
+        return block(prompts, completions, device)
+    return groups_of(prompts, completions, device)
+
+
+def block(prompts: Sequence[int], completions: Sequence[Sequence[int]], device: torch.device) -> Block:
+    """The layout for one call for all prompts, and one for all completions."""
+    whose = torch.tensor([i for i, lengths in enumerate(completions) for _ in lengths])
+    p, c = torch.tensor(prompts), torch.tensor([length for lengths in completions for length in lengths])
+    # In the row each prompt is followed by its completions: lengths in that order, and from them where each part begins.
+    order = torch.cat([torch.arange(len(p)) * (len(c) + 1), whose * (len(c) + 1) + 1 + torch.arange(len(c))]).argsort()
+    lengths = torch.cat([p, c])
+    starts = torch.empty_like(lengths)
+    starts[order] = lengths[order].cumsum(0) - lengths[order]
+    p_step, c_step = torch.arange(max(1, int(p.max()))), torch.arange(int(c.max()))
+    p_real, c_real = p_step < p[:, None], c_step < c[:, None]
+    last = int(lengths.sum()) - 1  # an empty prompt has no token to repeat: any place in the row will do
+    p_place = (starts[: len(p), None] + torch.minimum(p_step, (p[:, None] - 1).clamp(min=0))).clamp(max=last)
+    c_place = starts[len(p) :, None] + torch.minimum(c_step, c[:, None] - 1)
+    own = torch.ones(len(c_step), len(c_step), dtype=torch.bool).tril()
+    shape = (len(c), 1, len(c_step), -1)
+    mask = torch.cat([p_real[whose][:, None, None].expand(shape), own.expand(shape)], dim=-1)
+    back = torch.cat([p_place[p_real], c_place[c_real]]).argsort()
+    back = torch.cat([p_real.flatten(), c_real.flatten()]).nonzero().squeeze(1)[back]
+    one_hot = torch.nn.functional.one_hot(whose, len(p)).float()
+    return Block(*(tensor.to(device) for tensor in (p_place, c_place, one_hot, mask, back)))
+
+
+def groups_of(prompts: Sequence[int], completions: Sequence[Sequence[int]], device: torch.device) -> list[Group]:
+    """The layout for a call for each prompt, and one for its completions."""
     groups = []
     for prompt, lengths in zip(prompts, completions):
         length = torch.tensor(lengths)
@@ -63,7 +114,7 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    rankings: Sequence[Group] | None = None,
+    rankings: Layout | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
@@ -75,6 +126,8 @@ def attend(
         )
     repeats = getattr(module, "num_key_value_groups", 1)
     key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
+    if isinstance(rankings, Block):
+        return _attend_at_once(query, key, value, rankings, scaling), None
     # Split once: the backward of a slice would fill a tensor of the whole row for each prompt.
     sizes = [size for group in rankings for size in (group.prompt, group.tokens)]
     pieces = list(zip(*(tensor[0].transpose(0, 1).split(sizes) for tensor in (query, key, value))))
@@ -89,6 +142,26 @@ def attend(
         seen = scaled_dot_product_attention(q, k, v, attn_mask=group.mask, scale=scaling)
         parts.append(seen.transpose(1, 2).flatten(0, 1)[group.real])
     return torch.cat(parts)[None], None
+
+
+def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, rows: Block, scaling: float | None) -> Tensor:
+    """query, key, value [1, H, L, D] -> [1, L, H, D]."""
+    tensors = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [L, H, D]
+
+    def at(
+        places: Tensor,
+    ) -> list[Tensor]:  # 3 x [rows, H, width, D]; gradients of what is repeated are 0, never added up
+        return [t.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2) for t in tensors]
+
+    q, *before = at(rows.prompts)
+    of_prompts = scaled_dot_product_attention(q, before[0], before[1], is_causal=True, scale=scaling)
+    q, *own = at(rows.completions)
+    # A prompt's keys for each of its completions, by a product whose backward pass adds them up in float32.
+    spread = [(rows.whose.to(b.dtype) @ b.flatten(1)).unflatten(1, b.shape[1:]) for b in before]
+    k, v = (torch.cat(pair, dim=2) for pair in zip(spread, own))
+    of_completions = scaled_dot_product_attention(q, k, v, attn_mask=rows.mask, scale=scaling)
+    found = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in (of_prompts, of_completions)])
+    return found.index_select(0, rows.back)[None]
 
 
 AttentionInterface.register(NAME, attend)
