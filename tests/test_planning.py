@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from rlhf.planning.search import GIB, Assumptions
 from rlhf.planning.shapes import BUILT_IN, PlanError, Shape, find, from_config
 from rlhf.ppo import ActorCritic
 from rlhf.rollout import generate, join, response_logp, uniforms
+from rlhf.sft import CompletionTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
 MODES = ("fp32", "autocast", "bf16")
@@ -249,14 +251,15 @@ models = pytest.mark.parametrize(("kind", "sizes"), [("gpt2", SMALL), ("opt", LA
 
 @models
 def test_peak_of_sft(kind, sizes):
-    from trl.trainer.utils import add_fused_lm_head
-
+    """The stage's own loss; every token is learned."""
     model, shape = built(kind, dropout=0.2, **sizes)
-    add_fused_lm_head(with_gradients(model).train())
+    with_gradients(model).train()
     ids, mask = batch(4, 160, sizes["vocab"])
+    trainer = SimpleNamespace(padding_free=False, model=model)
 
     def run():
-        model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False, fused_lm_head=True).loss.backward()
+        inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+        CompletionTrainer.compute_loss(trainer, model, inputs).backward()
 
     # The config has residual dropout alone; a GPT-2 checkpoint drops attention weights, too.
     shape = dataclasses.replace(shape, attention_dropout=0.0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -259,8 +259,9 @@ def sample_answers(args: SFTArgs, trainer: Any, tokenizer: Any, prompts: Sequenc
 class CompletionTrainer(OnceAnEpoch, SFTTrainer):
     """SFTTrainer that unembeds the positions before a trained token only: prompts cost no vocabulary-wide row.
 
-    The loss is SFTTrainer's, a sum over trained tokens divided by their number in the optimiser step; a packed row, and a model
-    that always unembeds everything, take SFTTrainer's own way.
+    On a GPU its own LM head does that, tile by tile, and here rows lose their mask. On a CPU that head is slow. The loss is
+    SFTTrainer's, a sum over trained tokens divided by their number in the optimiser step; a packed row, and a model that always
+    unembeds everything, take SFTTrainer's own way.
     """
 
     def compute_loss(
@@ -268,10 +269,11 @@ class CompletionTrainer(OnceAnEpoch, SFTTrainer):
     ) -> Any:
         if return_outputs or self.padding_free or not accepts(self.model, "logits_to_keep"):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if inputs["input_ids"].is_cuda:
+            return super().compute_loss(self.unmasked(model), inputs, num_items_in_batch=num_items_in_batch)
         targets = inputs["labels"][:, 1:]
         keep = (targets != -100).any(dim=0).nonzero().squeeze(-1)
         plain = {name: tensor for name, tensor in inputs.items() if name != "labels"}
-        plain["attention_mask"] = causal_mask(self.model, plain["attention_mask"])
         logits = model(**plain, logits_to_keep=keep, use_cache=False).logits
         total = cross_entropy(
             logits.flatten(0, 1).float(), targets[:, keep].flatten(), ignore_index=-100, reduction="sum"
@@ -280,6 +282,10 @@ class CompletionTrainer(OnceAnEpoch, SFTTrainer):
             return total / (targets != -100).sum().clamp(min=1)
         # Gradients of several processes are averaged, and num_items_in_batch counts the tokens of all of them.
         return total / num_items_in_batch * self.accelerator.num_processes
+
+    def unmasked(self, model: Any) -> Callable[..., Any]:
+        """The model with `causal_mask` of what it is given; the Trainer counts tokens by the mask itself."""
+        return lambda *, attention_mask, **given: model(attention_mask=causal_mask(self.model, attention_mask), **given)
 
 
 @torch.no_grad()

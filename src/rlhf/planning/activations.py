@@ -129,28 +129,42 @@ def weight_copies(shape: Shape, p: Pass) -> int:
 
 # ------------------------------------------------------------------------------------------------------------------- heads
 
-CHUNK, TOKENS_AT_ONCE = 32768, 4096  # the tile of TRL's fused LM head: vocabulary, tokens
+CHUNK, TOKENS_AT_ONCE = 32768, 4096  # the tile of TRL's fused LM head: vocabulary, tokens; ours has as many tokens
 
 
-def fused_head(shape: Shape, p: Pass) -> tuple[int, int]:
-    """(kept, transient) bytes of SFTTrainer's LM head: it never has all logits, but gradients in float32."""
+def sft_head(shape: Shape, p: Pass) -> tuple[int, int]:
+    """(kept, transient) bytes of SFT's LM head: on CUDA SFTTrainer's, which never has all logits, but gradients in float32;
+    on a CPU cross-entropy of whole logits, of which twice as much comes in the backward pass.
+    """
+    if p.device == "cpu":
+        return p.tokens * (shape.embed * p.s + 4 * shape.vocab), 8 * p.tokens * shape.vocab
     kept = p.tokens * (shape.embed * p.s + 24)
-    rows = min(p.tokens, TOKENS_AT_ONCE)
-    # One tile, whatever the vocabulary; without Triton, what torch makes of it on the way: seven tiles in float32 and a mask.
-    tile = rows * CHUNK * p.s + (0 if p.device == "cuda" else 29 * rows * min(shape.vocab, CHUNK))
+    tile = min(p.tokens, TOKENS_AT_ONCE) * CHUNK * p.s  # one tile, whatever the vocabulary
     return kept, tile + 4 * shape.embed * (shape.vocab + p.tokens)
 
 
-def logits_head(shape: Shape, p: Pass, positions: int) -> tuple[int, int]:
+def logits_head(shape: Shape, p: Pass, positions: int, chunked: bool = False) -> tuple[int, int]:
     """(kept, transient) bytes of log-probabilities at `positions`: float32 logits, and three times as much in their backward.
 
     Measured with the allocator's own record: 16 bytes a logit at the peak, 4 of them kept from the forward.
+    chunked: by `rlhf.unembed`, which keeps hidden states alone; float32 logits and their gradient in 16 bits are there for some
+    thousand positions at once, the weight's gradient in float32 and the weight in 16 bits beside them.
     """
+    if chunked:
+        kept = positions * (shape.embed * p.r + 12)
+        tile = 6 * min(positions, TOKENS_AT_ONCE) * shape.vocab
+        return kept, tile + 6 * shape.vocab * shape.embed + positions * shape.embed * p.r
     kept = positions * (shape.embed * p.s + 4 * shape.vocab)
     return kept, 12 * positions * shape.vocab + (2 * shape.vocab * shape.embed if p.mode == "autocast" else 0)
 
 
-def scoring_head(shape: Shape, p: Pass, positions: int, temperature: float = 1.0) -> int:
-    """Bytes of log-probabilities at `positions` without gradient. Measured: 8, 12 (with a temperature), 10 (bf16) a logit."""
+def scoring_head(shape: Shape, p: Pass, positions: int, temperature: float = 1.0, chunked: bool = False) -> int:
+    """Bytes of log-probabilities at `positions` without gradient. Measured: 8, 12 (with a temperature), 10 (bf16) a logit.
+
+    chunked: by `rlhf.unembed`, 4 bytes a logit of some thousand positions, and the weight in 16 bits.
+    """
+    if chunked:
+        tile = 4 * min(positions, TOKENS_AT_ONCE) * shape.vocab
+        return tile + 2 * shape.vocab * shape.embed + positions * shape.embed * (p.s + p.r)
     per_logit = 10 if p.mode != "fp32" else (8 if temperature == 1.0 else 12)
     return positions * (per_logit * shape.vocab + shape.embed * (p.s + 4))

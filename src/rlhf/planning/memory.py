@@ -184,10 +184,10 @@ def states(shape: Shape, parameters: int, job: Job, setup: Setup) -> States:
 
 
 def sft(job: Job, setup: Setup) -> Memory:
-    """Demonstrations of `sft_length`, with residual dropout (InstructGPT) and SFTTrainer's fused LM head."""
+    """Demonstrations of `sft_length`, with residual dropout (InstructGPT); every token learned, which is an upper bound."""
     shape, held = job.model, states(job.model, job.model.parameters, job, setup)
     p = Pass(setup.micro, job.sft_length, mode(job, setup), job.device, dropout=True, masked=setup.micro > 1)
-    update = _update(shape, p, setup, *act.fused_head(shape, p))
+    update = _update(shape, p, setup, *act.sft_head(shape, p))
     return _training(held, update, _step_transient(held, job, setup))
 
 
@@ -290,7 +290,7 @@ def _decode(job: Job, setup: Setup) -> float:
 def _score(job: Job, setup: Setup) -> float:
     """Log-probabilities of the responses, at `rollout` sequences a time."""
     p = Pass(setup.rollout, job.prompt + job.response, mode(job, setup), job.device)
-    head = act.scoring_head(job.model, p, setup.rollout * job.response)
+    head = act.scoring_head(job.model, p, setup.rollout * job.response, chunked=_chunked(p, setup))
     return max(act.without_gradient(job.model, p), head) + _copies(job, setup) + gathered_policy(job, setup)
 
 
@@ -300,13 +300,18 @@ def _copies(job: Job, setup: Setup) -> int:
     return act.weight_copies(job.model, p) + act.weight_copies(job.reward, p)
 
 
+def _chunked(p: Pass, setup: Setup) -> bool:
+    """Whether `rlhf.unembed` takes the policy's log-probabilities: in 16 bits, where the unembedding is whole."""
+    return p.mode != "fp32" and setup.sharding.level < 3
+
+
 def ppo_update(job: Job, setup: Setup) -> float:
     """Policy and critic over one micro-batch, or the policy over raw text.
 
     Both graphs are there after the forward; the critic's backward runs first, and what it saved is gone in the policy's.
     """
     p = Pass(setup.micro, job.prompt + job.response, mode(job, setup), job.device)
-    kept, transient = act.logits_head(job.model, p, setup.micro * job.response)
+    kept, transient = act.logits_head(job.model, p, setup.micro * job.response, _chunked(p, setup))
     policy = _update(job.model, p, setup, kept, transient)
     critic = _update(job.reward, p, setup, p.tokens * job.reward.embed * p.s, 0)
     saved = act.backbone(job.model, p, setup.checkpointing) + act.weight_copies(job.model, p) + kept
@@ -314,7 +319,7 @@ def ppo_update(job: Job, setup: Setup) -> float:
     if not job.ptx:
         return update
     text = Pass(setup.micro, job.ptx_block, mode(job, setup), job.device, masked=False)
-    head = act.logits_head(job.model, text, setup.micro * (job.ptx_block - 1))
+    head = act.logits_head(job.model, text, setup.micro * (job.ptx_block - 1), _chunked(text, setup))
     return max(update, _update(job.model, text, setup, *head))
 
 
