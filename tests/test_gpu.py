@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+import test_reward
 import tiny
 import torch
 from conftest import configuration, random_model
@@ -18,7 +19,7 @@ from test_ppo import gradient_of_update, ppo_args, stages, trainer_of
 from test_rollout import PROMPTS, Setup
 from transformers import AutoModelForCausalLM
 
-from rlhf import ppo, reward, rollout, sft, training, unembed
+from rlhf import ppo, reward, rollout, sft, shared_prompt, training, unembed
 from rlhf.data.encode import encode_prompts, pad
 from rlhf.decoding import Decoder
 from rlhf.models import banned_ids
@@ -87,6 +88,46 @@ def stopping_after(step):
 
 
 # ------------------------------------------------------------------------------------------------------------- SFT and RM
+
+
+@pytest.mark.parametrize("family", test_reward.FAMILIES)
+def test_prompts_share_one_call_and_score_as_one_row_a_completion_does(family):
+    model, items = test_reward.scalar_model(family), test_reward.random_items()
+    plain, _, expected = test_reward.scores_and_gradients(model, items, share=False)
+    shared_prompt.enable(model.cuda())
+    assert isinstance(shared_prompt.layout([1], [[1, 1]], model.device), shared_prompt.Block)
+    shared, _, gradients = test_reward.scores_and_gradients(model, items, share=True)
+    torch.testing.assert_close(shared, plain, rtol=0, atol=1e-4)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_sft_never_has_all_logits(tmp_path):
+    """64 rows of some ten trained tokens, 200,000 entries: SFTTrainer's head takes 32,768 of them at once."""
+    registry = tiny.published(tmp_path, "base")
+    base = registry.require("base", "tiny")
+    model, tokenizer = tiny.load_causal(base)
+    model.resize_token_embeddings(200_000)
+    with registry.draft("tiny", "base") as draft:
+        model.save_pretrained(draft.path)
+        tokenizer.save_pretrained(draft.path)
+        draft.publish(parents=[base])
+    records = [{"prompt": f"{i}:", "completion": " the river runs north past a mill"} for i in range(64)]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    tokens = []
+    with pytest.MonkeyPatch.context() as patch:
+        step = sft.CompletionTrainer.compute_loss
+        patch.setattr(
+            sft.CompletionTrainer,
+            "compute_loss",
+            lambda self, model, inputs, *a, **k: (
+                tokens.append(int((inputs["labels"] != -100).sum())) or step(self, model, inputs, *a, **k)
+            ),
+        )
+        sft.run(tiny.sft_args(tmp_path, records, max_steps=1, per_device_train_batch_size=64, bf16=True))
+    assert tokens[0] > 400
+    assert torch.cuda.max_memory_allocated() - before < 4 * tokens[0] * 200_000
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

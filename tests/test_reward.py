@@ -172,12 +172,12 @@ def scores_and_gradients(model, items, share):
     model.zero_grad()
     batch = reward.Collator(1, share)(items)
     ranks = batch.pop("ranks")
-    scores = reward.forward_scores(model, **batch)
+    scores = reward.forward_scores(model, **{name: tensor.to(model.device) for name, tensor in batch.items()}).cpu()
     real = ranks != reward.ABSENT
     prompt = torch.arange(len(ranks))[:, None].expand_as(ranks)
     loss = ranking_loss(scores, ranks[real], prompt[real])
     loss.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
     return scores.detach(), loss.detach(), gradients
 
 
