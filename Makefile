@@ -19,7 +19,7 @@ OTHER_RUN = $(if $(CONFIG)$(ARGS),$(RUN),$(filter-out demo,$(RUN)))
 STAGE_ARGS = $(if $(CONFIG),--config $(CONFIG),) $(if $(OTHER_RUN),--run_name $(OTHER_RUN),) $(ARGS)
 LAUNCH = $(BIN)/accelerate launch --quiet $(ACCELERATE_ARGS)
 
-.PHONY: setup demo test lint pretrain sft rm ppo eval report doctor bench clean
+.PHONY: setup demo test test-gpu lint pretrain sft rm ppo eval report doctor bench clean
 
 setup: $(VENV)/.made
 
@@ -35,6 +35,10 @@ demo: setup
 # Files of tests in up to four processes; each test has one thread, or starts processes of its own.
 test: setup
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+# What needs a CUDA device; the other tests do not see one.
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu tests/test_gpu.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -15,6 +15,12 @@ EOS, PAD = "<|endoftext|>", "<|pad|>"
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_configure(config):
+    """Only the tests of the GPU see one, and only when they are asked for (pytest -m gpu): the others count to the last bit."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     if "torch" in sys.modules:  # the light tests do without

@@ -133,7 +133,7 @@ def test_what_is_trained_is_the_adapter_and_the_base_stays(tmp_path, chains):
     assert any(not torch.equal(p, kept[name]) for name, p in trainer.model.named_parameters() if name in names)
     inner = trainer.model.policy.get_base_model()
     layer = inner.transformer.h[0].attn.c_attn
-    assert torch.equal(layer.base_layer.weight.cpu(), before["transformer.h.0.attn.c_attn.weight"])
+    assert torch.equal(layer.base_layer.weight, before["transformer.h.0.attn.c_attn.weight"])
     assert layer.base_layer.weight.shape[0] == layer.lora_A["default"].in_features  # Conv1D: [in, out]
 
 
@@ -402,15 +402,13 @@ def test_a_whole_reward_model_is_critic_and_reward_with_the_adapter_off(tmp_path
     trainer, (policy, reference, critic) = loaded(args)
     tokenizer = trainer.actors.tokenizer
     rm = models.load_scalar_model(registry.require("rm", "tiny").path, tokenizer).eval()
-    rm = rm.to(critic.device)
-    rows = torch.tensor([ROWS[2]], device=critic.device)
-    mask = torch.ones_like(rows, dtype=torch.bool)
+    rows, mask = torch.tensor([ROWS[2]]), torch.ones(1, 7, dtype=torch.bool)
     assert_close(models.scalar_scores(critic, rows, mask), models.scalar_scores(rm, rows, mask), rtol=0, atol=1e-6)
     assert policy.started_from.artifact.ref == "tiny/sft/v1" and critic.started_from.artifact.ref == "tiny/rm/v1"
     trainer.step()
     after = models.scalar_scores(critic, rows, mask)
     assert (after - models.scalar_scores(rm, rows, mask)).abs().max() > 1e-6  # the critic learned, the reward did not
-    sft_model = models.load_policy(registry.require("sft", "tiny").path, tokenizer).eval().to(reference.device)
+    sft_model = models.load_policy(registry.require("sft", "tiny").path, tokenizer).eval()
     assert_close(logits(reference), logits(sft_model), rtol=0, atol=1e-6)
     again = loaded(dataclasses.replace(args, share_base=False))[1]
     one, four = adapters.weight_bytes((policy, reference, critic)), adapters.weight_bytes(again)

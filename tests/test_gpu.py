@@ -1,4 +1,4 @@
-"""The stages on a CUDA device: bfloat16, gradient checkpointing, fused AdamW, recorded decoding, torch.compile.
+"""The stages on a CUDA device (pytest -m gpu): bfloat16, gradient checkpointing, fused AdamW, recorded decoding, torch.compile.
 
 The rule is the float32 run of the same configuration on the CPU, in a process of its own.
 """
@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+import test_adapters
 import test_reward
 import tiny
 import torch
@@ -28,10 +29,14 @@ from rlhf.rollout import generate, generate_in_place, join, response_logp, rows_
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and pytest -m gpu"),
 ]
 
 ARCHITECTURES = ["gpt2", "opt"]
+
+# Again, by bitsandbytes' CUDA kernels.
+test_a_bfloat16_base_has_float32_adapters = test_adapters.test_a_bfloat16_base_has_float32_adapters
+test_a_quantised_base_is_trained_through = test_adapters.test_a_quantised_base_is_trained_through
 FAST = {"bf16": True, "gradient_checkpointing": True}
 
 

@@ -177,7 +177,7 @@ def scores_and_gradients(model, items, share):
     prompt = torch.arange(len(ranks))[:, None].expand_as(ranks)
     loss = ranking_loss(scores, ranks[real], prompt[real])
     loss.backward()
-    gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad.clone().cpu() for name, p in model.named_parameters() if p.grad is not None}
     return scores.detach(), loss.detach(), gradients
 
 

@@ -6,6 +6,8 @@ times as long as they run. With nothing that grows a step is the same work at ea
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -65,6 +67,17 @@ def can_preallocate(policy: Any) -> bool:
     )
 
 
+@contextlib.contextmanager
+def cudnn_attention() -> Iterator[None]:
+    """cuDNN's attention, which models are loaded without (its plans are compiled for each shape): a step's shape stays."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 class Decoder:
     """Next-token logits [B, V] of prompts [B, P] padded on the left, then of each token [B] that is put behind them.
 
@@ -122,10 +135,11 @@ class Decoder:
 
     def _forward(self, ids: Tensor, mask: Tensor, position: Tensor) -> Tensor:
         given = {"input_ids": ids, "attention_mask": mask, "position_ids": position, "past_key_values": self.cache}
-        if self.weight is None:
-            return self.policy(**given, use_cache=True, logits_to_keep=1).logits[:, -1]
-        backbone = getattr(self.policy, self.policy.base_model_prefix)
-        states = backbone(**given, use_cache=True).last_hidden_state[:, -1]
+        with cudnn_attention():
+            if self.weight is None:
+                return self.policy(**given, use_cache=True, logits_to_keep=1).logits[:, -1]
+            backbone = getattr(self.policy, self.policy.base_model_prefix)
+            states = backbone(**given, use_cache=True).last_hidden_state[:, -1]
         return product(states.to(self.low), self.weight.t())[:, : len(self.head.weight)]
 
     def _record(self) -> None:

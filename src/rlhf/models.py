@@ -156,6 +156,10 @@ def _load_base(
         if found is not None:
             fit_vocabulary(found[0], tokenizer)
             return found
+    if torch.cuda.is_available():
+        torch.backends.cuda.enable_cudnn_sdp(
+            False
+        )  # it compiles a plan for each new shape, and each batch has one of its own
     model, info = kind.from_pretrained(
         start.base.path,
         config=config,

@@ -92,6 +92,7 @@ class _LogProbs(torch.autograd.Function):
             top = z.amax(-1, keepdim=True)  # log-sum-exp in place: torch's own takes another tensor of this size
             total[part] = z.sub_(top).exp_().sum(-1).log_().add_(top[:, 0])
             logp[part] = chosen - total[part]
+            del z  # before the next one is made
         ctx.save_for_backward(hidden, weight, tokens, total, banned)
         return logp
 
@@ -113,6 +114,7 @@ class _LogProbs(torch.autograd.Function):
                 of_hidden[part] = product(of_logits, low).to(hidden.dtype)
             if of_weight is not None:
                 of_weight += product(of_logits.t(), states)
+            del z, of_logits
         of_weight = None if of_weight is None else of_weight[: len(weight)].to(weight.dtype)
         return of_hidden, of_weight, None, None, None, None
 
