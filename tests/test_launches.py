@@ -263,36 +263,43 @@ def follows(one, two):
 
 
 def sum_of_places(prompts, completions, **columns):
-    """A rule; on process 1 its third call fails, in the way that FAIL names."""
-    fail_the_third_time()
+    """A rule; on process 1 its third call fails, in the way that FAIL names: `raise sum_of_places`."""
+    fail_the_third_time("sum_of_places")
+    return [sum(map(ord, text)) % 7 / 7 for text in completions]
+
+
+def sum_of_places_again(prompts, completions, **columns):
+    """The same for a second run in the processes of the first."""
+    fail_the_third_time("sum_of_places_again")
     return [sum(map(ord, text)) % 7 / 7 for text in completions]
 
 
 def coin(prompts, completions, **columns):
-    """Draws from the random state of its process, and fails as the rule above does."""
-    fail_the_third_time()
+    """Draws from the random state of its process, and fails as the rules above do."""
+    fail_the_third_time("coin")
     return [random.random() + torch.rand(1).item() for _ in completions]
 
 
-def fail_the_third_time():
-    if os.environ.get("RANK") != "1":
+def fail_the_third_time(rule):
+    how, _, which = os.environ.get("FAIL", "").partition(" ")
+    if os.environ.get("RANK") != "1" or which != rule:
         return
     calls.append(1)
-    if len(calls) == 3 and os.environ.get("FAIL") == "raise":
+    if len(calls) == 3 and how == "raise":
         raise ValueError("no opinion")
-    if len(calls) == 3 and os.environ.get("FAIL") == "die":
+    if len(calls) == 3 and how == "die":
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 calls: list[int] = []
 
 
-def failing_run(tmp_path, **changes):
-    """Four rollouts whose reward is the rule above, with everything on that a checkpoint must carry."""
-    changes = {"reward_functions": ["test_launches:sum_of_places"]} | changes
+def failing_run(tmp_path, rule, **changes):
+    """Four rollouts whose reward is a rule above, with everything on that a checkpoint must carry."""
     changes = {"eval_episodes": 0, "total_episodes": 24, "num_mini_batches": 2, "batch_size": 6, **changes}
     return test_ppo.ppo_args(
         tmp_path,
+        reward_functions=[f"test_launches:{rule}"],
         reward_model_path=[],
         critic_path="tiny/rm/v1",
         kl_target=1.0,
@@ -308,57 +315,12 @@ def with_tests_on_the_path(**more):
 
 @pytest.mark.slow
 @needs_deepspeed
-@pytest.mark.parametrize("weights", ["model", "adapter_model"])
-def test_a_failure_on_one_process_ends_all_and_the_run_resumes_under_zero_3(tmp_path, weights):
-    registry = test_ppo.stages(tmp_path)
-    args = failing_run(tmp_path, use_peft=weights == "adapter_model")
-    alone = ppo.run(args)
-    config = tiny.write_config(tmp_path / "ppo.json", args, resume_from_checkpoint="latest")
-    words = command("zero3", "scripts/ppo.py", "--config", config, tmp_path=tmp_path)
-    failed = tiny.launch(words, **with_tests_on_the_path(**variables("zero3"), FAIL="raise"))
-    assert failed.returncode != 0
-    assert "error: [rank 1] reward function test_launches:sum_of_places raised ValueError: no opinion" in failed.stderr
-    assert "error: [rank 0] stopped because of process 1: reward function" in failed.stderr
-    (checkpoint,) = test_ppo.ppo_checkpoints(registry)
-    assert checkpoint.name == "checkpoint-2" and (checkpoint / "complete").exists()
-    assert sorted(path.name for path in checkpoint.glob("average*")) == [f"average-{r}.safetensors" for r in (0, 1)]
-    done = tiny.launch(words, **with_tests_on_the_path(**variables("zero3")))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "resuming after rollout 2" in done.stderr
-    resumed = registry.require("ppo", "tiny")
-    assert resumed != alone and not tiny.left_over(registry, "ppo")
-    for part in ("", "critic", "ema"):
-        assert difference(alone, resumed, part, weights) < 2e-6
-    follows(tiny.history(alone), tiny.history(resumed))
+def test_under_zero_3_every_stage_survives_a_process_that_fails(tmp_path):
+    """SFT and the reward model lose process 1 after step 7, PPO's reward function raises there in the third rollout, with whole
+    weights and with adapters. Each launch ends with a failure, and the next one goes on from the checkpoint.
+    """
 
-
-@pytest.mark.slow
-def test_a_process_that_dies_takes_the_others_with_it_and_the_run_resumes_bit_equal(tmp_path):
-    """The reward draws random numbers, so that the random state of each process has to come back."""
-    registry = test_ppo.stages(tmp_path)
-    args = failing_run(tmp_path, reward_functions=["test_launches:coin"], save_steps=1)
-    config = tiny.write_config(tmp_path / "ppo.json", args, resume_from_checkpoint="latest")
-    words = command("cpu_ddp", "scripts/ppo.py", "--config", config)
-    started = time.monotonic()
-    failed = tiny.launch(words, **with_tests_on_the_path(**variables("cpu_ddp"), FAIL="die"))
-    assert failed.returncode != 0 and time.monotonic() - started < 120
-    assert "exitcode  : -9" in failed.stderr  # the launcher says which process it was
-    assert not registry.list("tiny", "ppo")
-    made = []
-    for said in ("resuming after rollout 2", "published"):  # the killed run, then one from the start
-        done = tiny.launch(words, **with_tests_on_the_path(**variables("cpu_ddp")))
-        assert done.returncode == 0 and said in done.stderr, done.stderr[-3000:]
-        made.append(registry.require("ppo", "tiny").weights_sha256)
-    assert "resuming" not in done.stderr
-    assert made[0] == made[1]
-
-
-@pytest.mark.slow
-@needs_deepspeed
-def test_sft_and_the_reward_model_resume_under_zero_3(tmp_path):
-    """Process 1 is killed after step 7, first of SFT and then of the reward model; each goes on from the checkpoint of step 6."""
-
-    def stages_of(folder, processes, **changes):
+    def trainers(folder, processes, **changes):
         test_ppo.stages(folder)
         found = stage_args(folder, processes)
         for stage in ("sft", "reward"):
@@ -366,37 +328,86 @@ def test_sft_and_the_reward_model_resume_under_zero_3(tmp_path):
             changes |= {"max_steps": 10, "save_steps": 2, "max_train_samples": None}
             yield stage, dataclasses.replace(found[stage], **changes)
 
-    expected = [RUN[stage](args) for stage, args in stages_of(tmp_path / "alone", 1)]
+    expected = [RUN[stage](args) for stage, args in trainers(tmp_path / "alone", 1)]
     configs = {
-        stage: tiny.write_config(tmp_path / f"{stage}.json", args)
-        for stage, args in stages_of(tmp_path / "two", PROCESSES, resume_from_checkpoint="latest")
+        stage: [stage, tiny.write_config(tmp_path / f"{stage}.json", args)]
+        for stage, args in trainers(tmp_path / "two", PROCESSES, resume_from_checkpoint="latest")
     }
     registry = Registry(tmp_path / "two" / "runs")
-    for stages, kill in ((["sft"], "sft"), (["sft", "reward"], "reward"), (["reward"], "")):
-        words = ["tests/launched.py", *itertools.chain(*((stage, configs[stage]) for stage in stages))]
-        done = tiny.launch(command("zero3", *words, tmp_path=tmp_path), KILL=kill, **variables("zero3"))
-        assert (done.returncode != 0) == bool(kill), done.stderr[-3000:]
-        assert not kill or "exitcode  : -9" in done.stderr
-        assert "resuming after step 6" in done.stderr or stages == ["sft"]
+    policies = {"model": ("sum_of_places", {}), "adapter_model": ("sum_of_places_again", {"use_peft": True})}
+    alone, resumed = {}, {}
+    for weights, (rule, changes) in policies.items():
+        resumed[weights] = test_ppo.stages(tmp_path / weights)
+        args = failing_run(tmp_path / weights, rule, **changes)
+        alone[weights] = ppo.run(args)
+        config = tiny.write_config(tmp_path / f"{weights}.json", args, resume_from_checkpoint="latest")
+        configs[weights] = ["ppo", config]
+
+    launches = [
+        (["sft"], {"KILL": "sft"}, None),
+        (["sft", "reward"], {"KILL": "reward"}, "resuming after step 6"),
+        (["reward", "model"], {"FAIL": "raise sum_of_places"}, "resuming after step 6"),
+        (["model", "adapter_model"], {"FAIL": "raise sum_of_places_again"}, "resuming after rollout 2"),
+        (["adapter_model"], {}, "resuming after rollout 2"),
+    ]
+    for names, failure, says in launches:
+        words = ["tests/launched.py", *itertools.chain(*(configs[name] for name in names))]
+        given = with_tests_on_the_path(**variables("zero3"), **failure)
+        done = tiny.launch(command("zero3", *words, tmp_path=tmp_path), **given)
+        assert (done.returncode != 0) == bool(failure), done.stderr[-3000:]
+        assert says is None or says in done.stderr
+        if "KILL" in failure:
+            assert "exitcode  : -9" in done.stderr
+        if "FAIL" in failure:
+            rule = failure["FAIL"].split()[1]
+            assert f"error: [rank 1] reward function test_launches:{rule} raised ValueError: no opinion" in done.stderr
+            assert "error: [rank 0] stopped because of process 1: reward function" in done.stderr
+            (checkpoint,) = test_ppo.ppo_checkpoints(resumed[names[-1]])
+            assert checkpoint.name == "checkpoint-2" and (checkpoint / "complete").exists()
+            kept = sorted(path.name for path in checkpoint.glob("average*"))
+            assert kept == [f"average-{r}.safetensors" for r in (0, 1)]
     for one in expected:
         two = registry.require(one.stage, "tiny")
         assert two.version == one.version and not list(registry.work_dir("tiny", one.stage).glob("*"))
         assert difference(one, two, "") < 2e-6
         follows(tiny.history(one), tiny.history(two))
+    for weights, one in alone.items():
+        two = resumed[weights].require("ppo", "tiny")
+        assert two != one and not tiny.left_over(resumed[weights], "ppo")
+        for part in ("", "critic", "ema"):
+            assert difference(one, two, part, weights) < 2e-6
+        follows(tiny.history(one), tiny.history(two))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("strategy", "says"),
-    [("fsdp2", "FSDP is for CUDA"), ("ddp", "2 processes were launched for as many GPUs, and there is none")],
-)
-def test_a_launch_for_gpus_that_are_not_there_is_one_line(tmp_path, strategy, says):
+def test_a_process_that_dies_takes_the_others_with_it_and_the_run_resumes_bit_equal(tmp_path):
+    """The reward draws random numbers, so that the random state of each process has to come back."""
+    registry = test_ppo.stages(tmp_path)
+    args = failing_run(tmp_path, "coin", save_steps=1)
+    config = tiny.write_config(tmp_path / "ppo.json", args, resume_from_checkpoint="latest")
+    words = command("cpu_ddp", "scripts/ppo.py", "--config", config)
+    started = time.monotonic()
+    failed = tiny.launch(words, **with_tests_on_the_path(**variables("cpu_ddp"), FAIL="die coin"))
+    assert failed.returncode != 0 and time.monotonic() - started < 120
+    assert "exitcode  : -9" in failed.stderr  # the launcher says which process it was
+    assert not registry.list("tiny", "ppo")
+    # The killed run, then one from the start.
+    words = command("cpu_ddp", "tests/launched.py", *["ppo", config] * 2)
+    done = tiny.launch(words, **with_tests_on_the_path(**variables("cpu_ddp")))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("resuming after rollout 2") == 1
+    first, second = registry.list("tiny", "ppo")
+    assert first.weights_sha256 == second.weights_sha256
+
+
+@pytest.mark.slow
+def test_a_launch_for_gpus_that_are_not_there_is_one_line(tmp_path):
     registry = tiny.published(tmp_path, "base")
     config = tiny.write_config(tmp_path / "sft.json", tiny.sft_args(tmp_path))
-    failed = tiny.launch(command(strategy, "scripts/sft.py", "--config", config))
+    failed = tiny.launch(command("ddp", "scripts/sft.py", "--config", config))
     assert "exitcode  : 2" in failed.stderr and failed.returncode != 0  # the launcher's own status is 1
     (line,) = [line for line in failed.stderr.splitlines() if line.startswith("error:")]
-    assert says in line
+    assert "2 processes were launched for as many GPUs, and there is none" in line
     assert not (registry.root / "tiny" / "sft").exists()
 
 
