@@ -102,6 +102,19 @@ def configured(kind, tokenizer, **changes):
     return kind(vocab_size=len(tokenizer), pad_token_id=1, eos_token_id=0, bos_token_id=0, **sizes | changes)
 
 
+def test_cudnn_s_attention_is_on_for_a_step_alone(setup):  # noqa: F811
+    before, seen = torch.backends.cuda.cudnn_sdp_enabled(), []
+    hook = setup.policy.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        decoder = Decoder(setup.policy, *pad(setup.prompts, 1, side="left"), 2)
+        decoder.step(torch.full((len(setup.prompts),), 5))
+        assert seen == [True, True] and not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        hook.remove()
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def test_rotary_positions_and_grouped_heads_too(tokenizer):
     from test_rollout import PROMPTS, Setup
 

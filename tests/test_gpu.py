@@ -177,6 +177,7 @@ def test_adamw_is_fused(tmp_path):
     stages(tmp_path)
     trainer = trainer_of(ppo_args(tmp_path, **FAST))
     assert all(group["fused"] for group in trainer.optimizer.param_groups)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 # ------------------------------------------------------------------------------------------------------------------- PPO

@@ -23,6 +23,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.activations import GELUTanh, NewGELUActivation
 
 from rlhf.data.encode import pad
 from rlhf.models import (
@@ -184,6 +185,17 @@ def test_ids_with_holes_keep_their_rows():
 
 def test_gpt2_bans_pad_alone(checkpoints, tokenizer):
     assert banned_ids(load_policy(checkpoints["gpt2"], tokenizer), tokenizer).tolist() == [tokenizer.pad_token_id]
+
+
+def test_gpt2_s_activation_is_one_kernel_and_the_config_keeps_its_name(checkpoints, tokenizer):
+    model = load_policy(checkpoints["gpt2"], tokenizer).eval()
+    assert model.config.activation_function == "gelu_new"
+    assert {type(block.mlp.act) for block in model.transformer.h} == {GELUTanh}
+    plain = AutoModelForCausalLM.from_pretrained(checkpoints["gpt2"]).eval()
+    assert {type(block.mlp.act) for block in plain.transformer.h} == {NewGELUActivation}
+    ids = torch.arange(3, 40)[None]
+    rows = plain.config.vocab_size
+    assert_close(model(input_ids=ids).logits[..., :rows], plain(input_ids=ids).logits, rtol=0, atol=1e-5)
 
 
 def test_dropout_is_what_is_asked_for(checkpoints, tokenizer, opt_tokenizer):
