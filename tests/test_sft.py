@@ -8,6 +8,7 @@ import tiny
 import torch
 from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoTokenizer
+from trl import SFTTrainer
 
 from rlhf import models, sft
 from rlhf.data import load
@@ -378,6 +379,26 @@ def test_a_choice_without_held_out_prompts_or_with_another_tokenizer_is_refused(
         part.save_pretrained(tmp_path / "rm")
     with pytest.raises(TrainingError, match="has another tokenizer than the model; it cannot choose"):
         sft.run(dataclasses.replace(args, reward_model_path=str(tmp_path / "rm")))
+
+
+def test_the_head_of_a_gpu_has_the_loss_of_a_cpu_s(tmp_path, monkeypatch):
+    """SFTTrainer's tiled head, by the call that a GPU makes: losses and norms of three steps of two batches, and evaluation."""
+    changes = {"max_steps": 3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "eval_fraction": 0.2}
+    found = []
+    for place in ("cpu", "gpu"):
+        tiny.published(tmp_path / place, "base")
+        if place == "gpu":
+            monkeypatch.setattr(
+                sft.CompletionTrainer,
+                "compute_loss",
+                lambda self, model, inputs, return_outputs=False, num_items_in_batch=None: SFTTrainer.compute_loss(
+                    self, self.unmasked(model), inputs, num_items_in_batch=num_items_in_batch
+                ),
+            )
+        artifact = sft.run(tiny.sft_args(tmp_path / place, tiny.demonstrations(20), resid_pdrop=0.0, **changes))
+        lines = tiny.history(artifact)
+        found.append([line[name] for line in lines for name in ("loss", "grad_norm", "eval_loss") if name in line])
+    assert len(found[0]) >= 7 and found[1] == pytest.approx(found[0], rel=1e-3)
 
 
 def test_only_positions_before_a_trained_token_are_unembedded(tmp_path, monkeypatch):
