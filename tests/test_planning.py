@@ -315,6 +315,40 @@ def test_peak_of_a_ppo_update(kind, sizes, checkpointing):
     assert_peak(estimate, run)
 
 
+# Peaks of the stages in bf16 on one H100, in GiB (docs/performance.md): stage, rows a step, gradient checkpointing, how near.
+MEASURED = [
+    ("gpt2", "sft", 32, False, 13.02, 0.15),
+    ("gpt2", "sft", 32, True, 4.23, 0.15),
+    ("gpt2", "rm", 8, False, 8.52, 0.25),  # prompts are shared, and the plan has a row a completion
+    ("gpt2", "ppo", 32, False, 13.53, 0.05),
+    ("opt-1.3b", "sft", 8, False, 30.92, 0.20),  # one micro-batch a step: gradients come as activations go
+    ("opt-1.3b", "rm", 4, False, 35.09, 0.20),
+    ("opt-1.3b", "ppo", 8, False, 67.99, 0.05),
+]
+
+
+@pytest.mark.parametrize(("name", "stage", "micro", "checkpointing", "measured", "near"), MEASURED)
+def test_peaks_on_a_gpu(name, stage, micro, checkpointing, measured, near):
+    shape, rollout = find(name), {"gpt2": 256, "opt-1.3b": 128}[name]
+    sizes = {"sft_length": 1024, "rm_length": 512, "completions": 6, "prompt": 256, "response": 128, "ptx_block": 512}
+    job = Job(model=shape, reward=shape, rollout_batch=rollout, **sizes)
+    setup = Setup("single", checkpointing=checkpointing, micro=micro, rollout=rollout)
+    assert memory.MEMORY[stage](job, setup).peak / GIB == pytest.approx(measured, rel=near)
+
+
+def test_logits_are_whole_in_float32_and_where_the_unembedding_is_spread():
+    """By hand: 8 x 128 answers of GPT-2, of 50,257 entries and 768 wide; 8,192 of them are taken 4,096 at once."""
+    shape = find("gpt2")
+    p = Pass(64, 384)
+    assert act.logits_head(shape, p, 8192, chunked=True) == (
+        8192 * (768 * 4 + 12),
+        6 * 4096 * 50257 + 6 * 50257 * 768 + 8192 * 768 * 4,
+    )
+    assert act.scoring_head(shape, p, 8192, chunked=True) == 4 * 4096 * 50257 + 2 * 50257 * 768 + 8192 * 768 * 6
+    assert memory._chunked(p, Setup("single")) and memory._chunked(p, Setup("zero2"))
+    assert not memory._chunked(p, Setup("zero3")) and not memory._chunked(Pass(64, 384, "fp32"), Setup("single"))
+
+
 @models
 def test_peak_of_scoring(kind, sizes):
     policy, shape = built(kind, **sizes)
