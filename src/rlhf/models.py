@@ -156,10 +156,8 @@ def _load_base(
         if found is not None:
             fit_vocabulary(found[0], tokenizer)
             return found
-    if torch.cuda.is_available():
-        torch.backends.cuda.enable_cudnn_sdp(
-            False
-        )  # it compiles a plan for each new shape, and each batch has one of its own
+    if torch.cuda.is_available():  # cuDNN compiles a plan for each new shape, and each batch has one of its own
+        torch.backends.cuda.enable_cudnn_sdp(False)
     model, info = kind.from_pretrained(
         start.base.path,
         config=config,

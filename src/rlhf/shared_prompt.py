@@ -148,9 +148,8 @@ def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, rows: Block, scal
     """query, key, value [1, H, L, D] -> [1, L, H, D]."""
     tensors = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [L, H, D]
 
-    def at(
-        places: Tensor,
-    ) -> list[Tensor]:  # 3 x [rows, H, width, D]; gradients of what is repeated are 0, never added up
+    def at(places: Tensor) -> list[Tensor]:
+        """3 x [rows, H, width, D]; gradients of what is repeated are 0, never added up."""
         return [t.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2) for t in tensors]
 
     q, *before = at(rows.prompts)
