@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ import torch
 from rlhf import evaluation, models
 from rlhf.data.encode import encode_completions, encode_prompts
 from rlhf.feedback import collect_completions
+from rlhf.manifest import provenance
 from rlhf.registry import Registry
 
 from .answers import best_answers
@@ -70,8 +69,9 @@ def evaluate(demo: Any, world: dict[str, Any], agreed: float) -> dict[str, Any]:
     summary["rollouts"] = artifacts["ppo"].manifest["metrics"]["rollouts"]
     summary["stopped"] = artifacts["ppo"].manifest["metrics"]["stopped"]
     summary["held_out_prompts"] = len(prompts)
-    summary["versions"] = {n: version(n) for n in ("torch", "transformers", "trl", "accelerate", "rlhf")}
-    summary["versions"]["python"] = platform.python_version()
+    here = provenance()
+    summary["versions"] = {n: here["packages"].get(n) for n in ("torch", "transformers", "trl", "accelerate", "rlhf")}
+    summary["versions"]["python"] = here["python"]
     examples = pick_examples(records, answers, scores)
     (demo.root / demo.run / "examples.json").write_text(json.dumps(examples, indent=2) + "\n", encoding="utf-8")
     return summary
