@@ -78,13 +78,13 @@ def test_an_offloaded_optimiser_is_an_adam(device):
     """DeepSpeed's CPU Adam would step in the place of any other, in silence: under PPO's engine and under Trainer's."""
     config = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": device}}}
 
-    prepare_trainer(stand_in(config, "adamw_torch"))
+    prepare_trainer(stand_in(config, "adamw_torch"), "adamw_torch")
     refuse_other_than_adam(config, torch.optim.Adam)
     if device == "none":
-        prepare_trainer(stand_in(config, "sgd"))
+        prepare_trainer(stand_in(config, "sgd"), "sgd")
         return
     for check in (
-        lambda: prepare_trainer(stand_in(config, "sgd")),
+        lambda: prepare_trainer(stand_in(config, "sgd"), "sgd"),
         lambda: refuse_other_than_adam(config, torch.optim.SGD),
     ):
         with pytest.raises(EngineError, match="an offloaded optimiser is DeepSpeed's CPU Adam, and SGD was asked for"):
@@ -98,13 +98,14 @@ def test_zero_3_gathers_layers_whole_where_all_of_them_learn(stage, trained, exp
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=16))
     if trained == "a part":
         model.transformer.wte.weight.requires_grad_(False)
-    prepare_trainer(stand_in({"zero_optimization": {"stage": stage}}, "adamw_torch", model))
+    prepare_trainer(stand_in({"zero_optimization": {"stage": stage}}, "adamw_torch", model), "adamw_torch")
     assert leaves.get_z3_leaf_modules(model) == list(model.transformer.h)[:expected]
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "reward"])
 def test_each_stage_prepares_its_trainer_before_it_trains(monkeypatch, tmp_path, stage):
-    def refuse(trainer):
+    def refuse(trainer, optim):
+        assert optim == "muon"
         assert trainer.state.global_step == 0
         raise EngineError("asked")
 
@@ -112,7 +113,7 @@ def test_each_stage_prepares_its_trainer_before_it_trains(monkeypatch, tmp_path,
     monkeypatch.setattr(module, "prepare_trainer", refuse)
     tiny.published(tmp_path, "base", "sft")
     with pytest.raises(EngineError, match="asked"):
-        module.run(getattr(tiny, f"{stage}_args")(tmp_path))
+        module.run(getattr(tiny, f"{stage}_args")(tmp_path, optim="muon"))
 
 
 def test_errors_of_memory_are_told_from_others():

@@ -85,7 +85,9 @@ class StageArgs:
     adam_beta2: float = option(0.95, "Adam's beta 2 (InstructGPT: 0.95)", ge=0, lt=1)
     adam_epsilon: float = option(1e-8, "Adam's epsilon", gt=0)
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this; 0: no clipping", ge=0)
-    optim: str = option("adamw_torch", "optimiser, by transformers' names; adamw_torch is its fused form on CUDA")
+    optim: str = option(
+        "adamw_torch", "optimiser: muon, or by transformers' names; adamw_torch is its fused form on CUDA"
+    )
     bf16: bool = option(False, "bfloat16 autocast")
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass: less memory, about 30 % more time"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf import RLHFError
+from rlhf.muon import Muon, hidden_matrices
 
 
 class EngineError(RLHFError):
@@ -176,6 +177,8 @@ class ZeroEngine(Engine):
 
 def prepare(accelerator: Accelerator, model: Any, optimizer: torch.optim.Optimizer, micro_batch: int) -> Engine:
     """The engine that this launch asks for; micro_batch: items of one forward on one process, for DeepSpeed's records."""
+    if isinstance(optimizer, Muon):
+        refuse_sharded_muon(accelerator)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return ZeroEngine(accelerator, model, optimizer, micro_batch)
     return Engine(accelerator, model, optimizer)
@@ -191,6 +194,15 @@ def refuse_other_than_adam(config: dict[str, Any], optimizer: type[torch.optim.O
         )
 
 
+def refuse_sharded_muon(accelerator: Accelerator) -> None:
+    """Muon's step is a function of a whole matrix, and a process that has a piece of it would take another."""
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        raise EngineError(
+            f"optim: muon needs whole matrices, and {accelerator.distributed_type.value} gives each process pieces of them; "
+            "launch with configs/accelerate/ddp.yaml, or set adamw_torch"
+        )
+
+
 def gather_by_layer(model: nn.Module, stage: int) -> None:
     """Has ZeRO 3 gather a transformer layer at once, as FSDP does, and not each of its modules by itself.
 
@@ -202,10 +214,14 @@ def gather_by_layer(model: nn.Module, stage: int) -> None:
         set_z3_leaf_modules(model, [GradientCheckpointingLayer], raise_if_not_found=False)
 
 
-def prepare_trainer(trainer: Any) -> None:
-    """Before transformers' Trainer makes an engine of its model and optimiser: the same refusal, and whole layers."""
+def prepare_trainer(trainer: Any, optim: str) -> None:
+    """Before transformers' Trainer makes an engine of its model and optimiser: the same refusals, whole layers, and Muon."""
     plugin = trainer.accelerator.state.deepspeed_plugin
-    if plugin is not None:
+    if optim == "muon":
+        refuse_sharded_muon(trainer.accelerator)
+        adamw = trainer.get_optimizer_cls_and_kwargs(trainer.args)[1]
+        trainer.optimizer_cls_and_kwargs = (Muon, {**adamw, "matrices": hidden_matrices(trainer.model)})
+    elif plugin is not None:
         refuse_other_than_adam(plugin.deepspeed_config, trainer.get_optimizer_cls_and_kwargs(trainer.args)[0])
         gather_by_layer(trainer.model, plugin.zero_stage)
 

@@ -37,6 +37,7 @@ from rlhf.data.encode import blocks, encode_prompts
 from rlhf.engine import local, prepare, put, state_dict
 from rlhf.evaluation import mean_ci95
 from rlhf.models import context_length, load_tokenizer, quiet
+from rlhf.muon import Muon, hidden_matrices
 from rlhf.progress import Progress
 from rlhf.registry import Artifact
 from rlhf.rewards import Reward
@@ -551,6 +552,8 @@ def optimizer_factory(args: PPOArgs) -> Callable[[ActorCritic], torch.optim.Opti
         groups = [{"params": [p for p in part.parameters() if p.requires_grad], "lr": lr} for part, lr in rates]
         if kwargs.get("optim_bits") == 8:
             keep_embeddings_precise(model)
+        if args.optim == "muon":
+            return Muon(groups, hidden_matrices(model), weight_decay=args.weight_decay, **kwargs)
         return cls(groups, weight_decay=args.weight_decay, **kwargs)
 
     return make

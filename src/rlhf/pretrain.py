@@ -73,7 +73,7 @@ def run(args: PretrainArgs) -> Artifact | None:
             data_collator=default_data_collator,
             callbacks=[MarkComplete(args.save_total_limit)],
         )
-        prepare_trainer(trainer)
+        prepare_trainer(trainer, args.optim)
         data = [fingerprint(text)]
         pin_inputs(work, resume, {}, data)
         refuse_other_architecture(model, resume)

@@ -100,7 +100,7 @@ def run(args: RewardArgs) -> Artifact | None:
             )
         demonstrations = demonstration_rows(args, tokenizer, comparisons, limit)
         trainer = new_trainer(args, training_args, model, tokenizer, train, evaluation)
-        prepare_trainer(trainer)
+        prepare_trainer(trainer, args.optim)
         data = [fingerprint(comparisons)]
         pin_inputs(work, resume, {"model_name_or_path": (path, sft)}, data)
         refuse_other_architecture(model, resume)

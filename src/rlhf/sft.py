@@ -101,7 +101,7 @@ def run(args: SFTArgs) -> Artifact | None:
                 processing_class=tokenizer,
                 callbacks=[MarkComplete(args.save_total_limit)],
             )
-        prepare_trainer(trainer)
+        prepare_trainer(trainer, args.optim)
         chooser, judge = choose_by_reward(args, registry, work, tokenizer, held_out)
         if chooser is not None:
             chooser.trainer = trainer

@@ -168,7 +168,9 @@ def trainer_arguments(
 
 
 def optimizer_name(args: StageArgs) -> str:
-    """transformers' name of the optimiser: AdamW's fused kernels where there is CUDA."""
+    """transformers' name of the optimiser: AdamW's fused kernels where there is CUDA, and beside Muon."""
+    if args.optim == "muon":
+        return "adamw_torch_fused"
     return "adamw_torch_fused" if args.optim == "adamw_torch" and torch.cuda.is_available() else args.optim
 
 

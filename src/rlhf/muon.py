@@ -1,0 +1,113 @@
+"""Muon: steps of the layers' matrices in which all directions count alike (Jordan et al. 2024), AdamW for all other parameters.
+
+A gradient's matrix has a few large directions; Muon takes the nearest matrix whose singular values are about 1 in its place.
+Scaled as in Moonlight (Liu et al. 2025, eq. 4) it steps as far as AdamW does at the same learning rate, so one rate serves both.
+
+PyTorch has `torch.optim.Muon`, for matrices alone and in bfloat16, which a CPU without such units multiplies dozens of times
+slower. Here matrices of one shape go through the iteration together, on a CPU in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+# Jordan et al. 2024: five steps of a X + (b X X^T + c (X X^T)^2) X bring singular values of 0.01 to 1 near 1 (0.7 to 1.2).
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+STEPS = 5
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, in which the parameters of `matrices` step by Muon at their group's learning rate and weight decay.
+
+    matrices: see `hidden_matrices`. momentum: Muon's own, with Nesterov's look ahead; the betas and eps are AdamW's.
+    """
+
+    def __init__(self, params: Any, matrices: dict[Tensor, int], momentum: float = 0.95, **adamw: Any):
+        super().__init__(params, **adamw)
+        self.matrices, self.momentum = matrices, momentum
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step. The gradients of matrices must be whole on each process, not a share of them."""
+        groups = self.param_groups
+        others = [[p for p in group["params"] if p not in self.matrices] for group in groups]
+        self.param_groups = [{**group, "params": params} for group, params in zip(groups, others)]
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            mine = [p for p in group["params"] if p in self.matrices and p.grad is not None]
+            parts = [part for p in mine for part in split(self._nesterov(p), self.matrices[p])]
+            steps = iter(orthogonal(parts))
+            for p in mine:
+                pieces = split(p, self.matrices[p])
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                for piece in pieces:
+                    piece.add_(next(steps), alpha=-group["lr"] * 0.2 * max(piece.shape) ** 0.5)
+        return loss
+
+    def _nesterov(self, p: nn.Parameter) -> Tensor:
+        state, gradient = self.state[p], p.grad
+        assert gradient is not None
+        if not state:
+            state |= {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(gradient)}
+        state["step"] += 1  # AdamW looks for it when it loads a state
+        state["momentum_buffer"].lerp_(gradient, 1 - self.momentum)
+        return gradient.lerp(state["momentum_buffer"], self.momentum)
+
+
+def hidden_matrices(model: nn.Module) -> dict[Tensor, int]:
+    """The parameters that Muon is for, each with the number of matrices that lie in it side by side.
+
+    They are the trainable weights of linear layers within transformer layers; embeddings and heads are not. GPT-2 keeps
+    query, key and value in one weight of three matrices.
+    """
+    found: dict[Tensor, int] = {}
+    for name, module in model.named_modules():
+        within = any(part.isdigit() for part in name.split("."))
+        if (
+            within
+            and isinstance(module, (nn.Linear, Conv1D))
+            and module.weight.requires_grad
+            and module.weight.ndim == 2
+        ):
+            found[module.weight] = 3 if name.endswith(".c_attn") else 1
+    return found
+
+
+def split(tensor: Tensor, count: int) -> Sequence[Tensor]:
+    """`count` matrices that lie side by side, as views."""
+    return tensor.chunk(count, dim=1)
+
+
+def orthogonal(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """For each matrix [A, B] one with the same singular vectors, whose singular values are about 1 (Newton-Schulz).
+
+    Matrices of one shape, or its transpose, are taken together.
+    """
+    shapes: dict[tuple[int, ...], list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        shapes.setdefault(tuple(sorted(matrix.shape)), []).append(i)
+    found: list[Tensor] = list(matrices)
+    for places in shapes.values():
+        wide = [matrices[i].mT if matrices[i].shape[0] > matrices[i].shape[1] else matrices[i] for i in places]
+        for i, result in zip(places, newton_schulz(torch.stack(wide))):
+            found[i] = (result.mT if matrices[i].shape[0] > matrices[i].shape[1] else result).to(matrices[i].dtype)
+    return found
+
+
+def newton_schulz(matrices: Tensor) -> Tensor:
+    """[N, A, B] with A <= B; see `orthogonal`. In float32 on a CPU, else in bfloat16, which is enough (Jordan et al. 2024)."""
+    x = matrices.float() if matrices.device.type == "cpu" else matrices.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    a, b, c = COEFFICIENTS
+    for _ in range(STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x

@@ -1,0 +1,185 @@
+"""Muon: its step by hand and beside PyTorch's, which parameters it is for, and that every stage takes it."""
+
+import copy
+import importlib
+from types import SimpleNamespace
+
+import pytest
+import test_ppo
+import tiny
+import torch
+from accelerate.utils import DistributedType
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+
+from rlhf.engine import EngineError, prepare, prepare_trainer
+from rlhf.muon import Muon, hidden_matrices, orthogonal
+
+
+def gpt2(**changes):
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=16, n_positions=8, **changes))
+
+
+def test_singular_values_go_through_the_polynomial_and_singular_vectors_stay():
+    """diag(3, 4) divided by its norm is diag(0.6, 0.8): each value five times through 3.4445 x - 4.775 x^3 + 2.0315 x^5."""
+    x, y = 0.6, 0.8
+    for _ in range(5):
+        x, y = (3.4445 * v - 4.775 * v**3 + 2.0315 * v**5 for v in (x, y))
+    (found,) = orthogonal([torch.diag(torch.tensor([3.0, 4.0]))])
+    torch.testing.assert_close(found, torch.diag(torch.tensor([x, y])), rtol=1e-4, atol=1e-5)
+
+
+def test_singular_values_become_about_1():
+    torch.manual_seed(0)
+    matrices = [
+        torch.randn(shape) * size for shape, size in [((8, 32), 1e-6), ((32, 8), 1e3), ((8, 32), 1.0), ((16, 16), 1.0)]
+    ]
+    for matrix, found in zip(matrices, orthogonal(matrices)):
+        assert found.shape == matrix.shape
+        values = torch.linalg.svdvals(found)
+        assert values.max() < 1.25
+        assert (found * matrix).sum() > 0.6 * torch.linalg.svdvals(matrix).sum()  # no direction of weight is lost
+    torch.testing.assert_close(orthogonal(matrices)[0], orthogonal(matrices[:1])[0])  # together or alone
+
+
+def test_a_gradient_of_zero_moves_nothing():
+    assert torch.equal(orthogonal([torch.zeros(2, 3)])[0], torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8), (16, 16)])
+def test_steps_are_those_of_pytorch(monkeypatch, shape):
+    """torch.optim.Muon with Moonlight's scale, made to multiply in float32."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    torch.manual_seed(0)
+    ours = torch.nn.Parameter(torch.randn(shape))
+    theirs = torch.nn.Parameter(ours.detach().clone())
+    settings = {"lr": 0.02, "weight_decay": 0.1}
+    mine = Muon([ours], {ours: 1}, **settings)
+    pytorch = torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **settings)
+    for _ in range(4):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        mine.step()
+        pytorch.step()
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_is_as_long_as_one_of_adamw():
+    """Liu et al. 2025: a root mean square of 0.2 an element, whatever the matrix's shape."""
+    torch.manual_seed(0)
+    for shape in [(64, 64), (64, 256)]:
+        p = torch.nn.Parameter(torch.zeros(shape))
+        p.grad = torch.randn(shape)
+        Muon([p], {p: 1}, lr=1.0, weight_decay=0.0).step()
+        assert 0.13 < p.square().mean().sqrt() < 0.22
+
+
+def test_other_parameters_step_as_adamw_has_it():
+    ours, theirs = gpt2(), gpt2()
+    matrices = hidden_matrices(ours)
+    settings = {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.9), "eps": 1e-5}
+    mine = Muon(ours.parameters(), matrices, **settings)
+    adamw = torch.optim.AdamW(theirs.parameters(), **settings)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for p, q in zip(ours.parameters(), theirs.parameters()):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        mine.step()
+        adamw.step()
+    for p, q in zip(ours.parameters(), theirs.parameters()):
+        assert torch.equal(p, q) != (p in matrices)
+
+
+def test_query_key_and_value_of_gpt2_are_three_matrices():
+    model = gpt2()
+    joint = model.transformer.h[0].attn.c_attn.weight
+    assert hidden_matrices(model)[joint] == 3
+    before = joint.detach().clone()
+    joint.grad = torch.randn_like(joint)
+    parts = [torch.nn.Parameter(part.clone()) for part in before.chunk(3, dim=1)]
+    for part, gradient in zip(parts, joint.grad.chunk(3, dim=1)):
+        part.grad = gradient.clone()
+    Muon([joint], {joint: 3}, lr=0.1).step()
+    Muon(parts, dict.fromkeys(parts, 1), lr=0.1).step()
+    torch.testing.assert_close(joint, torch.cat(list(parts), dim=1))
+
+
+def test_it_is_for_the_matrices_of_layers_that_learn():
+    model = gpt2()
+    for p in model.transformer.h[1].parameters():
+        p.requires_grad_(False)
+    names = {p: name for name, p in model.named_parameters()}
+    assert {names[p]: count for p, count in hidden_matrices(model).items()} == {
+        "transformer.h.0.attn.c_attn.weight": 3,
+        "transformer.h.0.attn.c_proj.weight": 1,
+        "transformer.h.0.mlp.c_fc.weight": 1,
+        "transformer.h.0.mlp.c_proj.weight": 1,
+    }
+    opt = OPTForCausalLM(
+        OPTConfig(hidden_size=8, num_hidden_layers=2, ffn_dim=16, num_attention_heads=2, vocab_size=16)
+    )
+    names = {p: name for name, p in opt.named_parameters()}
+    assert sorted(names[p].split("layers.")[1] for p in hidden_matrices(opt)) == sorted(
+        f"{i}.{module}.weight"
+        for i in range(2)
+        for module in ("fc1", "fc2", "self_attn.k_proj", "self_attn.out_proj", "self_attn.q_proj", "self_attn.v_proj")
+    )
+
+
+def test_goes_on_from_its_state():
+    def steps(model, optimizer, seeds):
+        for seed in seeds:
+            torch.manual_seed(seed)
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+
+    def made():
+        model = gpt2()
+        return model, Muon(model.parameters(), hidden_matrices(model), lr=0.01)
+
+    whole, optimizer = made()
+    steps(whole, optimizer, range(2))
+    half, _ = made()
+    half.load_state_dict(whole.state_dict())
+    resumed = Muon(half.parameters(), hidden_matrices(half), lr=0.5)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    steps(whole, optimizer, range(2, 4))
+    steps(half, resumed, range(2, 4))
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), half.parameters()))
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward"])
+def test_every_stage_trains_by_it(monkeypatch, tmp_path, stage):
+    """Its steps are seen, and weights of layers and embeddings have changed."""
+    taken = []
+    step = Muon.step
+    monkeypatch.setattr(Muon, "step", lambda self, *args: (taken.append(len(self.matrices)), step(self, *args))[1])
+    tiny.published(tmp_path, "base", "sft")
+    args = getattr(tiny, f"{stage}_args")(tmp_path, optim="muon", max_steps=2)
+    artifact = importlib.import_module(f"rlhf.{stage}").run(args)
+    assert taken == [8, 8]  # two layers of four matrices
+    assert artifact.manifest["config"]["optim"] == "muon"
+
+
+def test_ppo_trains_policy_and_critic_by_it_at_their_rates(tmp_path):
+    test_ppo.stages(tmp_path)
+    trainer = test_ppo.trainer_of(
+        test_ppo.ppo_args(tmp_path, optim="muon", learning_rate=1e-3, critic_learning_rate=2e-3)
+    )
+    optimizer = trainer.optimizer.optimizer
+    assert isinstance(optimizer, Muon) and len(optimizer.matrices) == 16
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 2e-3]
+
+
+@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP])
+def test_refuses_where_a_process_has_pieces_of_matrices(kind):
+    accelerator = SimpleNamespace(distributed_type=kind, state=SimpleNamespace(deepspeed_plugin=None))
+    model = gpt2()
+    for start in (
+        lambda: prepare(accelerator, model, Muon(model.parameters(), {}), 1),
+        lambda: prepare_trainer(SimpleNamespace(accelerator=accelerator), "muon"),
+    ):
+        with pytest.raises(EngineError, match=r"^optim: muon needs whole matrices, and .* set adamw_torch$"):
+            start()
