@@ -41,6 +41,27 @@ def test_answers_are_those_of_a_growing_cache(mortal, monkeypatch, temperature, 
         assert len({len(answer) for answer in fixed[0]}) > 4 and kept and kept == sorted(kept, reverse=True)
 
 
+def test_a_prompt_that_is_there_several_times_is_read_once(mortal, monkeypatch):  # noqa: F811
+    """Its answers are those that it has alone, whatever lies between."""
+    prompts = [mortal.prompts[i] for i in (0, 1, 0, 2, 1, 0, 0, 3)]
+    draws = torch.stack([uniforms(3, 0, i, LIMIT) for i in range(len(prompts))])
+    ends = {"eos_token_id": mortal.tokenizer.eos_token_id, "pad_token_id": mortal.tokenizer.pad_token_id}
+    given = {"temperature": 1.0, "banned": mortal.banned, **ends}
+    alone = [generate(mortal.policy, [p], draws[i : i + 1], **given) for i, p in enumerate(prompts)]
+    assert len({tuple(tokens) for (tokens,), _ in alone}) > 4  # its draws are its own
+    read = []
+    hook = mortal.policy.register_forward_pre_hook(
+        lambda *given: read.append(given[2]["input_ids"].shape), with_kwargs=True
+    )
+    try:
+        for decode in (generate, generate_in_place):
+            answers, ended = decode(mortal.policy, prompts, draws, **given)
+            assert list(zip(answers, ended)) == [(tokens, end) for (tokens,), (end,) in alone]
+    finally:
+        hook.remove()
+    assert [shape[0] for shape in read if shape[1] > 1] == [4, 4]
+
+
 def test_answers_that_are_cut_are_whole(setup):  # noqa: F811
     growing, fixed = both(setup, setup.prompts)
     assert growing == fixed and max(map(len, fixed[0])) == LIMIT and not all(fixed[1])

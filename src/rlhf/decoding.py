@@ -118,8 +118,8 @@ class Decoder:
         return self.logits
 
     def keep(self, rows: Tensor) -> None:
-        """Goes on with some of the sequences [n]; the next step is recorded anew."""
-        self.graph = None
+        """Goes on with some of the sequences [n], or with some of them several times; the next step is recorded anew."""
+        self.graph, self.logits = None, self.logits[rows]
         self.visible, self.position, self.token = self.visible[rows], self.position[rows], self.token[rows]
         for layer in self.layers:
             layer.select(rows)

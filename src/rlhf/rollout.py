@@ -167,6 +167,13 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     return token.clamp(max=logits.shape[-1] - 1)
 
 
+def distinct_prompts(prompts: Sequence[Sequence[int]]) -> tuple[list[Sequence[int]], list[int]]:
+    """Each prompt once, and for each of `prompts` its place among these."""
+    places: dict[tuple[int, ...], int] = {}
+    of = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
+    return list(places), of
+
+
 @torch.no_grad()
 def generate(
     policy: Any,
@@ -181,10 +188,11 @@ def generate(
     """One response for each prompt: token ids with their EOS, and whether they ended within the limit.
 
     draws [B, T]: a uniform number for each response position; T is the limit. banned: ids that are never sampled.
-    Sequences that have ended leave the batch and its cache.
+    Sequences that have ended leave the batch and its cache. A prompt that is there several times is read once.
     """
     device = policy.device
-    ids, mask = (tensor.to(device) for tensor in pad(prompts, pad_token_id, side="left"))
+    distinct, of = distinct_prompts(prompts)
+    ids, mask = (tensor.to(device) for tensor in pad(distinct, pad_token_id, side="left"))
     draws, banned = draws.to(device), banned.to(device)
     responses: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
@@ -196,7 +204,11 @@ def generate(
         if with_positions:
             extra["position_ids"] = position
         output = policy(input_ids=ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True, **extra)
-        logits = output.logits[:, -1].index_fill(-1, banned, float("-inf"))
+        cache, logits = output.past_key_values, output.logits[:, -1].index_fill(-1, banned, float("-inf"))
+        if t == 0 and len(distinct) < len(prompts):
+            rows = torch.tensor(of, device=device)
+            cache.batch_select_indices(rows)
+            logits, mask, position = logits[rows], mask[rows], position[rows]
         token = sample(logits, draws[alive, t], temperature)
         for row, value in zip(alive.tolist(), token.tolist()):
             responses[row].append(value)
@@ -204,7 +216,7 @@ def generate(
         going_on = token != eos_token_id
         if not going_on.any():
             break
-        cache, position = output.past_key_values, position[:, -1:] + 1
+        position = position[:, -1:] + 1
         if not going_on.all():
             keep = going_on.nonzero().squeeze(-1)
             cache.batch_select_indices(keep)
@@ -232,11 +244,14 @@ def generate_in_place(
     Sequences that have ended go on as PAD until half of the batch has: then the others go on without them.
     """
     device, (count, limit) = policy.device, draws.shape
-    ids, mask = (tensor.to(device) for tensor in pad(prompts, pad_token_id, side="left"))
+    distinct, of = distinct_prompts(prompts)
+    ids, mask = (tensor.to(device) for tensor in pad(distinct, pad_token_id, side="left"))
     draws, banned = draws.to(device), banned.to(device)
     answers = torch.full((count, limit), pad_token_id, device=device)
     rows, alive = torch.arange(count, device=device), torch.ones(count, dtype=torch.bool, device=device)
     decoder = Decoder(policy, ids, mask, limit)
+    if len(distinct) < count:
+        decoder.keep(torch.tensor(of, device=device))
     for t in range(limit):
         logits = decoder.logits.index_fill(-1, banned, float("-inf"))
         token = sample(logits, draws[rows, t], temperature).where(alive, pad_token_id)

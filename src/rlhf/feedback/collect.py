@@ -38,7 +38,7 @@ def collect_completions(
     keep the ones it had. `shown_as` is the name of a progress bar, on a terminal; None shows none.
     """
     ids = encode_prompts(tokenizer, prompts)
-    jobs = [(k, i) for i, count in enumerate(counts) for k in range(count)]
+    jobs = [(k, i) for i, count in enumerate(counts) for k in range(count)]  # a prompt's side by side: it is read once
     tokens, ended = sample_responses(
         policy,
         [ids[i] for _, i in jobs],
