@@ -16,7 +16,13 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassificatio
 from safetensors.torch import load_file
 from test_ppo import RULE, gradient_of_update, interrupt_after, ppo_args
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    MixtralConfig,
+)
 
 from rlhf import RLHFError, adapters, bases, cli, hub, merging, models, ppo, reward, sft
 from rlhf.actors import load_models, reward_sources
@@ -305,6 +311,44 @@ def test_rank_stabilised_dora_and_chosen_modules(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(artifact.path)
     ours = logits(models.load_policy(artifact.path, tokenizer).eval())
     assert_close(logits(AutoPeftModelForCausalLM.from_pretrained(artifact.path).eval()), ours, rtol=0, atol=1e-5)
+
+
+def mixture(tmp_path, tokenizer):
+    """A folder with a small Mixtral, whose experts' weights are stacks of matrices outside linear modules."""
+    config = MixtralConfig(
+        **{"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_local_experts": 2},
+        **{
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 64,
+        },
+        **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    )
+    random_model(AutoModelForCausalLM, config).save_pretrained(tmp_path / "mixture")
+    tokenizer.save_pretrained(tmp_path / "mixture")
+    return str(tmp_path / "mixture")
+
+
+def test_every_stage_adapts_the_experts_of_a_mixture(tmp_path, tokenizer):
+    """The weights of experts are no linear modules: they are named as parameters, beside modules or alone."""
+    experts = ["experts.gate_up_proj", "experts.down_proj"]
+    lora = LORA | {"lora_dropout": 0.0, "lora_target_parameters": experts}
+    base = mixture(tmp_path, tokenizer)
+    trained = sft.run(tiny.sft_args(tmp_path, model_name_or_path=base, **lora | {"lora_target_modules": ["q_proj"]}))
+    names = load_file(trained.path / "adapter_model.safetensors").keys()
+    assert any("q_proj" in name for name in names) and any("experts" in name for name in names)
+    config = json.loads((trained.path / "adapter_config.json").read_text())
+    assert set(config["target_parameters"]) == set(experts)
+    reward.run(tiny.reward_args(tmp_path, **lora))
+    policy = ppo.run(ppo_args(tmp_path, **lora))
+    start, last = (load_file(a.path / "adapter_model.safetensors") for a in (trained, policy))
+    assert all(not torch.equal(start[name], last[name]) for name in start if "lora_B" in name)
+    ours = logits(models.load_policy(policy.path, models.load_tokenizer(policy.path)).eval())
+    assert_close(logits(AutoPeftModelForCausalLM.from_pretrained(policy.path).eval()), ours, rtol=0, atol=1e-5)
+    merging.merge(Registry(tmp_path / "runs"), "tiny/ppo")
+    whole = Registry(tmp_path / "runs").require("ppo", "tiny")
+    assert_close(logits(AutoModelForCausalLM.from_pretrained(whole.path).eval()), ours, rtol=0, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------- merging
@@ -623,6 +667,11 @@ def test_resuming_over_other_adapters_is_refused(tmp_path, chains, monkeypatch):
         ({"lora_target_modules": ["q_proj"]}, "no linear module 'q_proj'; its linear modules are c_attn, c_fc, c_proj"),
         ({"lora_target_modules": ["ln_f"]}, "no linear module 'ln_f'"),
         ({"lora_target_modules": ["lm_head"]}, "lm_head is the head and takes no adapter here"),
+        (
+            {"lora_target_parameters": ["c_fc.weight"], "lora_dropout": 0.0},
+            "no weight 'c_fc.weight' outside linear modules; it has none; modules go to lora_target_modules",
+        ),
+        ({"lora_target_parameters": ["experts.down_proj"]}, "set lora_dropout: 0"),
         ({"lora_modules_to_save": ["norm_f"]}, "has no module 'norm_f'"),
         ({"lora_modules_to_save": ["wte"]}, "wte is tied to the other embedding"),
     ],

@@ -96,6 +96,7 @@ def _new(model: Any, args: Any, task: str, also: Sequence[str]) -> Any:
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
+        target_parameters=args.lora_target_parameters,
         modules_to_save=list(dict.fromkeys([*also, *(args.lora_modules_to_save or [])])) or None,
         use_rslora=args.use_rslora,
         use_dora=args.use_dora,
@@ -168,6 +169,12 @@ def linear_modules(model: nn.Module) -> list[str]:
     return sorted(set(names) - HEADS)
 
 
+def other_parameters(model: nn.Module) -> list[str]:
+    """Names of matrices, or stacks of them, that are no linear module's and no embedding's: those of experts."""
+    known = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Linear, Conv1D, nn.Embedding))}
+    return [name for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in known]
+
+
 def check_modules(model: Any, args: Any) -> None:
     """Raises AdapterError where an adapter is asked for on modules that the model does not have."""
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
@@ -175,7 +182,8 @@ def check_modules(model: Any, args: Any) -> None:
     linear = linear_modules(model)
     names = dict(model.named_modules())
     hint = f"its linear modules are {', '.join(linear)}; or write all-linear"
-    if args.lora_target_modules is None and model.config.model_type not in DEFAULT_TARGETS:
+    by_default = args.lora_target_modules is None and not args.lora_target_parameters
+    if by_default and model.config.model_type not in DEFAULT_TARGETS:
         raise AdapterError(f"lora_target_modules: there is no default for {model.config.model_type} models; {hint}")
     for wanted in args.lora_target_modules or ():
         found = [m for name, m in names.items() if name == wanted or name.endswith(f".{wanted}")]
@@ -183,6 +191,14 @@ def check_modules(model: Any, args: Any) -> None:
             raise AdapterError(f"lora_target_modules: {type(model).__name__} has no linear module {wanted!r}; {hint}")
         if wanted in HEADS:
             raise AdapterError(f"lora_target_modules: {wanted} is the head and takes no adapter here; {hint}")
+    others = other_parameters(model)
+    for wanted in args.lora_target_parameters or ():
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in others):
+            there = ", ".join(sorted({".".join(name.split(".")[-2:]) for name in others})) or "none"
+            raise AdapterError(
+                f"lora_target_parameters: {type(model).__name__} has no weight {wanted!r} outside linear modules; it has "
+                f"{there}; modules go to lora_target_modules"
+            )
     for wanted in args.lora_modules_to_save or ():
         if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
             raise AdapterError(f"lora_modules_to_save: {type(model).__name__} has no module {wanted!r}")
@@ -381,6 +397,7 @@ def check_resume(model: Any, checkpoint: Path | None) -> None:
         "r",
         "lora_alpha",
         "target_modules",
+        "target_parameters",
         "modules_to_save",
         "use_rslora",
         "use_dora",

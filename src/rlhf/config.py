@@ -173,6 +173,9 @@ class AdapterArgs:
         None,
         "modules that get an adapter, by the end of their names, or all-linear; default: peft's for the architecture",
     )
+    lora_target_parameters: list[str] | None = option(
+        None, "weights outside linear modules that get an adapter (of experts), by the end of their names"
+    )
     lora_modules_to_save: list[str] | None = option(
         None, "modules trained whole beside the adapter; of a reward model its head and last norm always are"
     )
@@ -190,6 +193,8 @@ class AdapterArgs:
         super().__post_init__()  # type: ignore[misc]  # of the stage that this is mixed into
         if self.load_in_8bit and self.load_in_4bit:
             raise ConfigError("load_in_8bit and load_in_4bit exclude each other; choose one")
+        if self.use_peft and self.lora_target_parameters and self.lora_dropout:
+            raise ConfigError("lora_target_parameters: peft has no dropout there; set lora_dropout: 0")
         if (self.load_in_8bit or self.load_in_4bit) and not self.use_peft:
             chosen = "load_in_8bit" if self.load_in_8bit else "load_in_4bit"
             raise ConfigError(
