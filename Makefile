@@ -73,6 +73,7 @@ bench: setup
 	$(BIN)/python benchmarks/memory_modes.py
 	$(BIN)/python benchmarks/data.py --prompts 20000
 	$(BIN)/python benchmarks/parity_trl.py --compare
+	$(BIN)/python benchmarks/muon.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
