@@ -3,8 +3,8 @@
 A gradient's matrix has a few large directions; Muon takes the nearest matrix whose singular values are about 1 in its place.
 Scaled as in Moonlight (Liu et al. 2025, eq. 4) it steps as far as AdamW does at the same learning rate, so one rate serves both.
 
-PyTorch has `torch.optim.Muon`, for matrices alone and in bfloat16, which a CPU without such units multiplies dozens of times
-slower. Here matrices of one shape go through the iteration together, on a CPU in float32.
+PyTorch has `torch.optim.Muon`, for matrices alone and in bfloat16, which a CPU without such units multiplies more than ten
+times slower (benchmarks/muon.py). Here matrices of one shape go through the iteration together, on a CPU in float32.
 """
 
 from __future__ import annotations
