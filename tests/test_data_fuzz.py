@@ -5,7 +5,7 @@ import json
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from test_data_load import FIELD, JSON, NEAR, SUFFIX
 
 from rlhf import cli
@@ -54,6 +54,10 @@ def command(tmp_path, capsys):
 
 @FUZZ
 @given(records=st.lists(RECORD, max_size=4), on_error=st.sampled_from(["stop", "skip"]), as_lines=st.booleans())
+@example(
+    records=[{"prompt": "0"}, {"prompt": "0", "completions": [""], "ranks": [0, 1]}], on_error="stop", as_lines=False
+)
+@example(records=[{"prompt": "0"}, {"prompt": "0", "completions": 5, "ranks": 1}], on_error="stop", as_lines=True)
 def test_records(tmp_path, command, records, on_error, as_lines):
     path = tmp_path / "a.json"
     path.write_text("\n".join(map(json.dumps, records)) if as_lines else json.dumps(records))

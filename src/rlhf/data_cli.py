@@ -193,7 +193,7 @@ def inspect(args: argparse.Namespace) -> None:
     sections, sample = _statistics(source, clean.length_counter(args.tokenizer), args)
     if args.html:
         with _written(args.html) as stream:
-            stream.write(page(f"{Path(args.file).name}: {source.kind}", sections, sample))
+            stream.write(page(f"{Path(args.file).name}: {source.kind}", sections, sample, source.kind))
     lines = Section(
         "sample", ("record",), [(json.dumps(record, ensure_ascii=False, default=str),) for record in sample]
     )
@@ -213,7 +213,11 @@ def _statistics(source: Any, count: Any, args: argparse.Namespace) -> tuple[list
     index, rankings, sample = clean.PromptIndex(0.5, 0.9), Rankings(), Reservoir(args.sample, args.seed)
     for _, record in source:
         prompt = clean.body(record)
-        answers = record.get("completions") or [record[name] for name in ("completion",) if name in record]
+        answers: list[str] = []  # by its kind: fields of these names that came with a prompt are as they are
+        if source.kind == "comparisons":
+            answers = record["completions"]
+        elif source.kind == "demonstrations":
+            answers = [record["completion"]]
         for name, texts in (("text" if "text" in record else "prompt", [prompt]), ("completion", answers)):
             if texts:
                 lengths.setdefault(name, array("Q")).extend(map(count, texts))
@@ -224,7 +228,7 @@ def _statistics(source: Any, count: Any, args: argparse.Namespace) -> tuple[list
         duplicates[reason or "first of its kind"] += 1
         if reason is None:
             index.add(prompt)
-        if "ranks" in record:
+        if source.kind == "comparisons":
             rankings.add(record["completions"], record["ranks"])
             labelers[record.get("labeler") or ""] += 1
         _count_labels(labels, record)

@@ -58,10 +58,10 @@ small {{ opacity: .7; }}
 """
 
 
-def page(title: str, sections: list[Section], sample: list[dict[str, Any]]) -> str:
+def page(title: str, sections: list[Section], sample: list[dict[str, Any]], kind: str) -> str:
     """The page; `sample` are canonical records, shown as texts."""
     shown = [_section(section) for section in sections]
-    records = "\n".join(f"<article>{_record(record)}</article>" for record in sample)
+    records = "\n".join(f"<article>{_record(record, kind)}</article>" for record in sample)
     shown.append(f'<section class="wide"><h2>sample</h2>\n{records}</section>')
     return PAGE.format(title=html.escape(title), sections="\n".join(shown))
 
@@ -137,17 +137,22 @@ def _range(start: int, width: int, last: int | bool) -> str:
     return f"{start:,}" if end == start else f"{start:,} to {end:,}"
 
 
-def _record(record: dict[str, Any]) -> str:
-    """Prompt and answers as texts, rankings from the best; other fields on one line."""
+def _record(record: dict[str, Any], kind: str) -> str:
+    """Prompt and answers as texts, rankings from the best; other fields, and what the kind does not name, on one line."""
     parts = []
     prompt = record.get("prompt", record.get("text"))
     turns = [("", prompt)] if isinstance(prompt, str) else [(m["role"], m["content"]) for m in prompt or []]
     parts += [f"{_small(role or ('prompt' if 'prompt' in record else 'text'))}{_pre(text)}" for role, text in turns]
-    if "completion" in record:
+    if kind == "demonstrations":
         parts.append(f"{_small('completion')}{_pre(record['completion'])}")
-    for rank, text in sorted(zip(record.get("ranks", ()), record.get("completions", ())), key=lambda both: both[0]):
-        parts.append(f"{_small(f'rank {rank}')}{_pre(text)}")
-    shown = ("prompt", "text", "completion", "completions", "ranks")
+    if kind == "comparisons":
+        for rank, text in sorted(zip(record["ranks"], record["completions"]), key=lambda both: both[0]):
+            parts.append(f"{_small(f'rank {rank}')}{_pre(text)}")
+    shown = (
+        "prompt",
+        "text",
+        *{"demonstrations": ("completion",), "comparisons": ("completions", "ranks")}.get(kind, ()),
+    )
     rest = {name: value for name, value in record.items() if name not in shown}
     if rest:
         parts.append(_small(json.dumps(rest, ensure_ascii=False, default=str)))
