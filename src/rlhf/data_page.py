@@ -148,11 +148,8 @@ def _record(record: dict[str, Any], kind: str) -> str:
     if kind == "comparisons":
         for rank, text in sorted(zip(record["ranks"], record["completions"]), key=lambda both: both[0]):
             parts.append(f"{_small(f'rank {rank}')}{_pre(text)}")
-    shown = (
-        "prompt",
-        "text",
-        *{"demonstrations": ("completion",), "comparisons": ("completions", "ranks")}.get(kind, ()),
-    )
+    shown = {"prompt", "text"}
+    shown |= {"demonstrations": {"completion"}, "comparisons": {"completions", "ranks"}}.get(kind, set())
     rest = {name: value for name, value in record.items() if name not in shown}
     if rest:
         parts.append(_small(json.dumps(rest, ensure_ascii=False, default=str)))

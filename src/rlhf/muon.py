@@ -70,13 +70,8 @@ def hidden_matrices(model: nn.Module) -> dict[Tensor, int]:
     """
     found: dict[Tensor, int] = {}
     for name, module in model.named_modules():
-        within = any(part.isdigit() for part in name.split("."))
-        if (
-            within
-            and isinstance(module, (nn.Linear, Conv1D))
-            and module.weight.requires_grad
-            and module.weight.ndim == 2
-        ):
+        linear = isinstance(module, (nn.Linear, Conv1D)) and module.weight.ndim == 2  # not where it is packed in 4 bits
+        if linear and module.weight.requires_grad and any(part.isdigit() for part in name.split(".")):
             found[module.weight] = 3 if name.endswith(".c_attn") else 1
     return found
 
@@ -96,10 +91,15 @@ def orthogonal(matrices: Sequence[Tensor]) -> list[Tensor]:
         shapes.setdefault(tuple(sorted(matrix.shape)), []).append(i)
     found: list[Tensor] = list(matrices)
     for places in shapes.values():
-        wide = [matrices[i].mT if matrices[i].shape[0] > matrices[i].shape[1] else matrices[i] for i in places]
-        for i, result in zip(places, newton_schulz(torch.stack(wide))):
-            found[i] = (result.mT if matrices[i].shape[0] > matrices[i].shape[1] else result).to(matrices[i].dtype)
+        wide = torch.stack([_wide(matrices[i], matrices[i]) for i in places])
+        for i, result in zip(places, newton_schulz(wide)):
+            found[i] = _wide(result, matrices[i]).to(matrices[i].dtype)
     return found
+
+
+def _wide(matrix: Tensor, like: Tensor) -> Tensor:
+    """The matrix, transposed where `like` has more rows than columns: what makes it wide also turns it back."""
+    return matrix.mT if like.shape[0] > like.shape[1] else matrix
 
 
 def newton_schulz(matrices: Tensor) -> Tensor:
