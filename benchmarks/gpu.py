@@ -2,13 +2,15 @@
 
     python benchmarks/gpu.py --out gpu.json          # a Markdown table, and the same as JSON; under 4 minutes on an H200
     python benchmarks/gpu.py --smoke                 # tiny models, also without a GPU: whether everything runs
+    accelerate launch --config_file configs/accelerate/zero3_offload.yaml --num_processes 1 benchmarks/gpu.py \
+        --models opt-1.3b --stages ppo --options sdpa                        # one row, by DeepSpeed
 
 Each row calls the stage itself (`rlhf.sft.run` and so on) on data made here; only the publication at its end is left out. The
 first steps of each row are not timed. How to read the table: docs/performance.md.
 
 Model FLOPs, counted on real tokens, with B weights in the layers' matrices, d the width, V the vocabulary:
     forward = 2 B tokens + 2 d V unembedded tokens + 4 d layers pairs       (pairs: query and key that see each other)
-    training = 3 forward; what gradient checkpointing computes again does not count
+    training = 3 forward; what gradient checkpointing computes again does not count, nor is adapters' backward counted as less
     PPO: sampling 1 forward; scoring 1 forward of policy, reference, critic and reward model; update 3 forward of policy and
     critic; pretraining mix 3 forward
 MFU = FLOPs / (seconds × --peak-tflops), by default 989, the dense bfloat16 peak of H100 and H200.
@@ -21,6 +23,7 @@ import contextlib
 import dataclasses
 import gc
 import json
+import os
 import platform
 import random
 import shutil
@@ -148,7 +151,12 @@ def cases(smoke: bool) -> list[Case]:
         Case("gpt2", "sft", "eager", {"attn_implementation": "eager"}),
         Case("gpt2", "sft", "gradient checkpointing", {"gradient_checkpointing": True}),
         Case("gpt2", "ppo", "growing cache", growing=True),
+        Case("gpt2", "sft", "muon", {"optim": "muon"}),
     ]
+    rows += [Case("opt-1.3b", stage, "LoRA", {"use_peft": True}) for stage in ("sft", "rm", "ppo")]
+    if not smoke:  # 4-bit kernels of a CPU take longer than all the rest
+        quantised = {"use_peft": True, "load_in_4bit": True}
+        rows += [Case("opt-1.3b", stage, "QLoRA", quantised) for stage in ("sft", "rm", "ppo")]
     if transformers.utils.is_flash_attn_2_available():
         rows.append(Case("gpt2", "sft", "flash_attention_2", {"attn_implementation": "flash_attention_2"}))
     if not smoke:
@@ -418,7 +426,13 @@ def measure(shape: Shape, case: Case, folder: Path, steps: int, smoke: bool, pea
     if CUDA:
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         row["mfu"] = row["tflops_per_second"] / peak
-    return {"model": case.model, "stage": case.stage, "options": case.label} | row
+    return {"model": case.model, "stage": case.stage, "options": label(case)} | row
+
+
+def label(case: Case) -> str:
+    """A row's options; a launch by DeepSpeed adds its file's name."""
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    return f"{case.label}, {Path(file).stem}" if file else case.label
 
 
 def free_memory() -> None:
@@ -449,6 +463,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
+    parser.add_argument("--options", nargs="+", metavar="LABEL", help="rows of these options alone, as the table names them")
     parser.add_argument("--steps", type=int, help="timed steps (default 10, of PPO 3)")
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="dense bfloat16 peak of the GPU")
     parser.add_argument("--time-limit", type=float, default=225.0, help="no row starts after this many seconds")
@@ -470,15 +485,17 @@ def main(argv: list[str] | None = None) -> int:
         for case in cases(args.smoke):
             if case.model not in args.models or case.stage not in args.stages:
                 continue
+            if args.options and case.label not in args.options:
+                continue
             if time.perf_counter() - began > args.time_limit:
-                rows.append({"model": case.model, "stage": case.stage, "options": case.label, "error": "out of time"})
+                rows.append({"model": case.model, "stage": case.stage, "options": label(case), "error": "out of time"})
                 continue
             steps = args.steps or (2 if args.smoke else 3 if case.stage == "ppo" else 10)
             try:
                 row = measure(shapes[case.model], case, folder, steps, args.smoke, args.peak_tflops)
             except Exception as error:  # the other rows are worth having
                 traceback.print_exc()
-                kind = {"model": case.model, "stage": case.stage, "options": case.label}
+                kind = {"model": case.model, "stage": case.stage, "options": label(case)}
                 row = kind | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"}
             rows.append(row)
             print(

@@ -24,6 +24,7 @@ from rlhf import ppo, reward, rollout, sft, shared_prompt, training, unembed
 from rlhf.data.encode import encode_prompts, pad
 from rlhf.decoding import Decoder
 from rlhf.models import banned_ids
+from rlhf.muon import orthogonal
 from rlhf.objectives import token_logprobs
 from rlhf.rollout import generate, generate_in_place, join, response_logp, rows_of, uniforms
 
@@ -61,6 +62,7 @@ def write_reference(folder):
         for architecture in ARCHITECTURES:
             place = folder / f"{stage}-{architecture}"
             found[f"{stage}-{architecture}"] = losses(stage_run(stage, place, architecture))
+    found["sft-muon"] = losses(stage_run("sft", folder / "muon", "gpt2", optim="muon"))
     (folder / "losses.json").write_text(json.dumps(found))
 
 
@@ -148,6 +150,21 @@ def test_losses_in_bfloat16_are_those_of_float32_on_the_cpu(tmp_path, reference,
 def test_compiled_layers_learn_the_same(tmp_path, reference, stage, architecture):
     found = losses(stage_run(stage, tmp_path, architecture, torch_compile=True, **FAST))
     assert found == pytest.approx(reference[f"{stage}-{architecture}"], abs=0.05)
+
+
+@pytest.mark.parametrize("shape", [(64, 256), (256, 64), (128, 128)])
+def test_muon_in_bfloat16_steps_where_float32_does(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    (expected,), (found,) = orthogonal([matrix]), orthogonal([matrix.cuda()])
+    assert found.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(found.cpu().flatten(), expected.flatten(), dim=0) > 0.999
+    assert torch.linalg.svdvals(found).max() < 1.3
+
+
+def test_muon_learns_as_on_the_cpu(tmp_path, reference):
+    found = losses(stage_run("sft", tmp_path, "gpt2", optim="muon", **FAST))
+    assert found == pytest.approx(reference["sft-muon"], abs=0.05)
+    assert found != pytest.approx(reference["sft-gpt2"], abs=1e-3)  # AdamW's
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm"])
