@@ -153,10 +153,10 @@ def cases(smoke: bool) -> list[Case]:
         Case("gpt2", "ppo", "growing cache", growing=True),
         Case("gpt2", "sft", "muon", {"optim": "muon"}),
     ]
-    rows += [Case("opt-1.3b", stage, "LoRA", {"use_peft": True}) for stage in ("sft", "rm", "ppo")]
+    adapters = {"use_peft": True} | ({} if smoke else {"dtype": "bfloat16"})  # as `rlhf plan` launches them
+    rows += [Case("opt-1.3b", stage, "LoRA", adapters) for stage in ("sft", "rm", "ppo")]
     if not smoke:  # 4-bit kernels of a CPU take longer than all the rest
-        quantised = {"use_peft": True, "load_in_4bit": True}
-        rows += [Case("opt-1.3b", stage, "QLoRA", quantised) for stage in ("sft", "rm", "ppo")]
+        rows += [Case("opt-1.3b", stage, "QLoRA", {**adapters, "load_in_4bit": True}) for stage in ("sft", "rm", "ppo")]
     if transformers.utils.is_flash_attn_2_available():
         rows.append(Case("gpt2", "sft", "flash_attention_2", {"attn_implementation": "flash_attention_2"}))
     if not smoke:

@@ -541,6 +541,30 @@ def test_a_quantised_base_is_trained_through(tmp_path, architecture, bits):
     assert layers and all(("4" in name) == (bits == "4-bit") for name in layers)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("bits", list(QUANTISED))
+def test_quantised_layers_answer_in_16_bits_under_autocast(tmp_path, architecture, bits):
+    """As linear layers do: else what follows them, keys and values too, is float32, and twice as large."""
+    registry = tiny.published(tmp_path, "base", architecture=architecture)
+    tokenizer = models.load_tokenizer(registry.require("base", "tiny").path)
+    args = tiny.sft_args(tmp_path, **LORA | QUANTISED[bits])
+    model = models.load_policy(registry.require("base", "tiny").path, tokenizer, peft=args).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ids = torch.tensor([tokenizer("The river runs north")["input_ids"]], device=device)
+    seen = []
+    for module in model.modules():
+        if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
+            module.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    exact = model(input_ids=ids).logits
+    assert set(seen) == {exact.dtype}
+    seen.clear()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        output = model(input_ids=ids, use_cache=True)
+    assert set(seen) == {torch.bfloat16}
+    assert {layer.keys.dtype for layer in output.past_key_values.layers} == {torch.bfloat16}
+    assert (output.logits.float() - exact).abs().max() < 0.1 * exact.std()
+
+
 def test_adapters_on_a_quantised_base_stay_in_float32(tmp_path):
     tiny.published(tmp_path, "base")
     artifact = sft.run(tiny.sft_args(tmp_path, **LORA | QUANTISED["4-bit"]))

@@ -35,17 +35,30 @@ HEADS = {"score", "lm_head", "embed_out"}
 
 
 def settle_quantized(model: nn.Module) -> None:
-    """Puts quantised layers into the state of their first forward, so that twins share it and all forwards are alike."""
+    """Puts quantised layers into the state of their first forward, so that twins share it and all forwards are alike.
+
+    Under autocast they answer in 16 bits, as linear layers do: activations, keys and values are half as large.
+    """
     if not getattr(model, "is_quantized", False):
         return
     import bitsandbytes as bnb
 
     for module in model.modules():
+        if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)) and _autocast not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_autocast)
         if isinstance(module, bnb.nn.Linear4bit):
             # Packs the weights for inference at the first forward without gradient: other sums in rollout than in update.
             module.support_avx512bf16_for_cpu = False
         elif isinstance(module, bnb.nn.Linear8bitLt) and getattr(module.weight, "CB", None) is not None:
             module.init_8bit_state()
+
+
+def _autocast(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What autocast makes of a linear layer's input. bitsandbytes' layers do not ask it, and answer in their input's dtype."""
+    kind = inputs[0].device.type
+    if torch.is_autocast_enabled(kind) and inputs[0].dtype == torch.float32:
+        return (inputs[0].to(torch.get_autocast_dtype(kind)), *inputs[1:])
+    return inputs
 
 
 # ------------------------------------------------------------------------------------------------------- on the model
