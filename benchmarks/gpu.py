@@ -463,7 +463,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
-    parser.add_argument("--options", nargs="+", metavar="LABEL", help="rows of these options alone, as the table names them")
+    parser.add_argument(
+        "--options", nargs="+", metavar="LABEL", help="rows of these options alone, as the table names them"
+    )
     parser.add_argument("--steps", type=int, help="timed steps (default 10, of PPO 3)")
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="dense bfloat16 peak of the GPU")
     parser.add_argument("--time-limit", type=float, default=225.0, help="no row starts after this many seconds")

@@ -44,7 +44,10 @@ def settle_quantized(model: nn.Module) -> None:
     import bitsandbytes as bnb
 
     for module in model.modules():
-        if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)) and _autocast not in module._forward_pre_hooks.values():
+        if (
+            isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
+            and _autocast not in module._forward_pre_hooks.values()
+        ):
             module.register_forward_pre_hook(_autocast)
         if isinstance(module, bnb.nn.Linear4bit):
             # Packs the weights for inference at the first forward without gradient: other sums in rollout than in update.

@@ -3,6 +3,8 @@
 The terms below name what each operation saves; they were read off `torch.autograd.graph.saved_tensors_hooks` over GPT-2's, OPT's
 and Llama's layers in transformers with sdpa attention, and the tests repeat that measurement. A number takes `s` bytes in the
 matrices (2 under bf16) and `r` in the residual stream (4 under autocast, whose layer norms answer in float32).
+
+A frozen matrix, below adapters, needs its weight for the backward pass and not its input.
 """
 
 from __future__ import annotations
@@ -17,7 +19,11 @@ Mode = Literal["fp32", "autocast", "bf16"]  # all float32; float32 weights under
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward: `rows` sequences of `length` tokens. dropout: in training mode. masked: some rows are padded."""
+    """One forward: `rows` sequences of `length` tokens. dropout: in training mode. masked: some rows are padded.
+
+    adapters: the layers are frozen but for adapters on query and value (GPT-2: on its joint projection), with dropout before
+    them where `adapter_dropout`.
+    """
 
     rows: int
     length: int
@@ -25,6 +31,8 @@ class Pass:
     device: Literal["cuda", "cpu"] = "cuda"
     dropout: bool = False
     masked: bool = True
+    adapters: bool = False
+    adapter_dropout: bool = False
 
     @property
     def tokens(self) -> int:
@@ -39,6 +47,11 @@ class Pass:
     def r(self) -> int:
         """Bytes of a number in the residual stream."""
         return 2 if self.mode == "bf16" else 4
+
+    @property
+    def n(self) -> int:
+        """Bytes of a number that goes into a layer norm: CUDA's autocast takes them in float32 where weights are bf16, too."""
+        return 4 if self.adapters and self.device == "cuda" else self.r
 
 
 def block(shape: Shape, p: Pass) -> int:
@@ -55,14 +68,18 @@ def block(shape: Shape, p: Pass) -> int:
 
 def _gpt2_block(shape: Shape, p: Pass) -> int:
     h = shape.hidden
-    norms = 2 * h * p.r + 16  # inputs; mean and 1/sigma in float32
+    norms = 2 * h * p.n + 16  # inputs; mean and 1/sigma in float32
+    if p.adapters:  # the adapter's input; q, k, v; the attention's output; gelu's input
+        return norms + _adapted(shape, p) + (4 * h + shape.ffn) * p.s + _residual_dropout(shape, p)
     matrices = 6 * h * p.s  # inputs of c_attn and c_fc; q, k, v; the attention's output
     return norms + matrices + 2 * shape.ffn * p.s + _residual_dropout(shape, p)  # … ; gelu's input and c_proj's
 
 
 def _opt_block(shape: Shape, p: Pass) -> int:
     h = shape.hidden
-    norms = 2 * h * p.r + 16
+    norms = 2 * h * p.n + 16
+    if p.adapters:
+        return norms + _adapted(shape, p) + (4 * h + shape.ffn) * p.s + _residual_dropout(shape, p)
     inputs = 3 if p.mode == "autocast" else 1  # q, k and v each cast the float32 norm for themselves
     matrices = (inputs + 5) * h * p.s  # … ; q, k, v; the attention's output; fc1's input
     return norms + matrices + shape.ffn * p.s + _residual_dropout(shape, p)
@@ -70,10 +87,20 @@ def _opt_block(shape: Shape, p: Pass) -> int:
 
 def _llama_block(shape: Shape, p: Pass) -> int:
     h, a = shape.hidden, shape.attention_width
+    if p.adapters:  # gate, silu(gate) and up
+        return 2 * (4 * h + 4) + _adapted(shape, p) + (4 * a + 3 * shape.ffn) * p.s
     norms = 2 * h * (4 + p.r) + 8  # the float32 input and the normalised one
     inputs = 5 if p.mode == "autocast" else 2
     matrices = (inputs * h + 4 * a) * p.s  # inputs of q, k, v and of gate, up; q, k, v for all heads, the output
     return norms + matrices + 4 * shape.ffn * p.s  # gate, silu(gate), up and their product
+
+
+def _adapted(shape: Shape, p: Pass) -> int:
+    """What adapters save: their inputs in 16 bits, of query's and value's own where dropout comes before, and its masks."""
+    count = 1 if shape.family == "gpt2" else 2
+    if not p.adapter_dropout:
+        return shape.hidden * p.s * (1 if p.s == 4 else count)  # autocast casts for each
+    return count * shape.hidden * (p.s + (1 if p.device == "cuda" else 4))
 
 
 def _residual_dropout(shape: Shape, p: Pass) -> int:
@@ -86,9 +113,9 @@ def outside(shape: Shape, p: Pass) -> int:
     h = shape.hidden
     per_token = 8 + (8 if shape.family == "opt" else 0)
     if shape.family == "llama":
-        per_token += h * (4 + p.r) + 4
+        per_token += h * (4 + (0 if p.adapters else p.r)) + 4
     elif shape.pre_norm:
-        per_token += h * p.r + 8
+        per_token += h * p.n + 8
     if shape.projected:
         per_token += h * p.s  # project_out's input; project_in's is the embedding
         per_token += shape.embed * p.s
@@ -119,7 +146,7 @@ def without_gradient(shape: Shape, p: Pass) -> int:
     GPT-2 and OPT hold two numbers of their MLP's width at once, GPT-2 six of the model's and OPT four.
     """
     wide, stream = {"gpt2": (2, 6), "opt": (2, 4), "llama": (3, 4)}[shape.family]
-    return p.tokens * (wide * shape.ffn * p.s + shape.hidden * (2 * p.r + (stream - 2) * p.s))
+    return p.tokens * (wide * shape.ffn * p.s + shape.hidden * (2 * p.n + (stream - 2) * p.s))
 
 
 def weight_copies(shape: Shape, p: Pass) -> int:
@@ -140,7 +167,7 @@ def sft_head(shape: Shape, p: Pass) -> tuple[int, int]:
         return p.tokens * (shape.embed * p.s + 4 * shape.vocab), 8 * p.tokens * shape.vocab
     kept = p.tokens * (shape.embed * p.s + 24)
     tile = min(p.tokens, TOKENS_AT_ONCE) * CHUNK * p.s  # one tile, whatever the vocabulary
-    return kept, tile + 4 * shape.embed * (shape.vocab + p.tokens)
+    return kept, tile + 4 * shape.embed * (p.tokens if p.adapters else shape.vocab + p.tokens)
 
 
 def logits_head(shape: Shape, p: Pass, positions: int, chunked: bool = False) -> tuple[int, int]:
@@ -153,7 +180,8 @@ def logits_head(shape: Shape, p: Pass, positions: int, chunked: bool = False) ->
     if chunked:
         kept = positions * (shape.embed * p.r + 12)
         tile = 6 * min(positions, TOKENS_AT_ONCE) * shape.vocab
-        return kept, tile + 6 * shape.vocab * shape.embed + positions * shape.embed * p.r
+        weight = (2 if p.adapters else 6) * shape.vocab * shape.embed
+        return kept, tile + weight + positions * shape.embed * p.r
     kept = positions * (shape.embed * p.s + 4 * shape.vocab)
     return kept, 12 * positions * shape.vocab + (2 * shape.vocab * shape.embed if p.mode == "autocast" else 0)
 

@@ -84,6 +84,7 @@ def job_of(stage: str, args: Any) -> Job:
         "device": "cuda" if cuda else "cpu",
         "precision": "bf16" if args.bf16 else "fp32",
         "lora_r": getattr(args, "lora_r", 16),
+        "dtype": "bfloat16" if args.dtype == "bfloat16" else "float32",
     }
     if stage != "ppo":
         parent = {"sft": "base", "reward": "sft"}[stage]

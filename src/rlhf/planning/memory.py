@@ -82,6 +82,7 @@ class Job:
     ptx_block: int = 128
     ema: bool = True
     lora_r: int = 16
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of a base below adapters
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,13 @@ class States:
 def mode(job: Job, setup: Setup) -> Mode:
     if job.precision == "fp32":
         return "fp32"
-    return "bf16" if setup.sharding.deepspeed or setup.method != "full" else "autocast"
+    low = setup.sharding.deepspeed if setup.method == "full" else job.dtype == "bfloat16"
+    return "bf16" if low else "autocast"
+
+
+def forward(job: Job, setup: Setup, rows: int, length: int, **kind: bool) -> Pass:
+    """A pass of `rows` sequences in this configuration. kind: see Pass."""
+    return Pass(rows, length, mode(job, setup), job.device, adapters=setup.method != "full", **kind)
 
 
 def lora_parameters(shape: Shape, r: int) -> int:
@@ -150,7 +157,8 @@ def lora_parameters(shape: Shape, r: int) -> int:
 def frozen_bytes(shape: Shape, parameters: int, job: Job, setup: Setup) -> float:
     """A model that is only read: whole on every GPU, in 16 bits where the policy is; spread under ZeRO 3."""
     if setup.method == "qlora":
-        return NF4_BYTES * shape.matrix_parameters + 2 * (parameters - shape.matrix_parameters)
+        each = 2 if mode(job, setup) == "bf16" else 4
+        return NF4_BYTES * shape.matrix_parameters + each * (parameters - shape.matrix_parameters)
     whole = (2 if mode(job, setup) == "bf16" else 4) * parameters
     if setup.sharding.offload:
         return 0.0
@@ -186,7 +194,8 @@ def states(shape: Shape, parameters: int, job: Job, setup: Setup) -> States:
 def sft(job: Job, setup: Setup) -> Memory:
     """Demonstrations of `sft_length`, with residual dropout (InstructGPT); every token learned, which is an upper bound."""
     shape, held = job.model, states(job.model, job.model.parameters, job, setup)
-    p = Pass(setup.micro, job.sft_length, mode(job, setup), job.device, dropout=True, masked=setup.micro > 1)
+    some = setup.micro > 1
+    p = forward(job, setup, setup.micro, job.sft_length, dropout=True, adapter_dropout=True, masked=some)
     update = _update(shape, p, setup, *act.sft_head(shape, p))
     return _training(held, update, _step_transient(held, job, setup))
 
@@ -194,14 +203,14 @@ def sft(job: Job, setup: Setup) -> Memory:
 def rm(job: Job, setup: Setup) -> Memory:
     """Prompts, each with `completions` rows of `rm_length`, one scalar a position."""
     shape, held = job.reward, states(job.reward, job.reward.scalar_parameters, job, setup)
-    p = Pass(setup.micro * job.completions, job.rm_length, mode(job, setup), job.device)
+    p = forward(job, setup, setup.micro * job.completions, job.rm_length, adapter_dropout=True)
     update = _update(shape, p, setup, p.tokens * (shape.embed * p.s + 8), 0)
     return _training(held, update, _step_transient(held, job, setup))
 
 
 def _update(shape: Shape, p: Pass, setup: Setup, kept: int, transient: int) -> int:
     """Forward and backward of one model: what is saved, and the wider of the head's backward and a layer's."""
-    saved = act.backbone(shape, p, setup.checkpointing) + act.weight_copies(shape, p)
+    saved = act.backbone(shape, p, setup.checkpointing) + _weight_copies(shape, p, setup)
     # What the head keeps is gone when the layers' turn comes.
     return saved + max(kept + transient, act.backward_of_a_layer(shape, p, setup.checkpointing))
 
@@ -237,7 +246,11 @@ def ppo(job: Job, setup: Setup) -> Memory:
     }
     gradients = {"gradients": policy.gradients, "critic": fixed["critic"] + critic.gradients}
     phases = {
-        "prefill": {**fixed, "kv_cache": kv_cache(job, setup, job.prompt), "activations": _prefill(job, setup)},
+        "prefill": {
+            **fixed,
+            "kv_cache": kv_cache(job, setup, prefilled(job, setup)),
+            "activations": _prefill(job, setup),
+        },
         "decode": {**fixed, "kv_cache": kv_cache(job, setup), "activations": _decode(job, setup)},
         "score": {**fixed, "activations": _score(job, setup)},
         "update": {**fixed, **gradients, "activations": ppo_update(job, setup)},
@@ -269,6 +282,12 @@ def kv_cache(job: Job, setup: Setup, length: int | None = None) -> int:
     return (4 if mode(job, setup) == "fp32" else 2) * setup.rollout * length * job.model.kv_values
 
 
+def prefilled(job: Job, setup: Setup) -> int | None:
+    """Tokens that the cache has room for in the prefill: all, where it has its final size from the start (`rlhf.decoding`)."""
+    grows = job.device == "cpu" or setup.sharding.level == 3 or setup.method == "qlora"
+    return job.prompt if grows else None
+
+
 def gathered_policy(job: Job, setup: Setup) -> float:
     """ZeRO 3 gathers the policy once a rollout: gathering it for every token is about a hundred times slower."""
     return (2 if job.precision == "bf16" else 4) * job.model.parameters if setup.sharding.level == 3 else 0.0
@@ -276,28 +295,35 @@ def gathered_policy(job: Job, setup: Setup) -> float:
 
 def _prefill(job: Job, setup: Setup) -> float:
     """The forward over the prompts."""
-    p = Pass(setup.rollout, job.prompt, mode(job, setup), job.device)
+    p = forward(job, setup, setup.rollout, job.prompt)
     return act.without_gradient(job.model, p) + _copies(job, setup) + gathered_policy(job, setup)
 
 
 def _decode(job: Job, setup: Setup) -> float:
     """The choice of a token: logits twice, probabilities in float32, two float64 of their sums. Measured: 28 bytes in float32."""
-    p = Pass(setup.rollout, 1, mode(job, setup), job.device)
+    p = forward(job, setup, setup.rollout, 1)
     choice = setup.rollout * job.model.vocab * (2 * p.s + 4 + 8 + 8)
     return choice + _copies(job, setup) + gathered_policy(job, setup)
 
 
 def _score(job: Job, setup: Setup) -> float:
     """Log-probabilities of the responses, at `rollout` sequences a time."""
-    p = Pass(setup.rollout, job.prompt + job.response, mode(job, setup), job.device)
+    p = forward(job, setup, setup.rollout, job.prompt + job.response)
     head = act.scoring_head(job.model, p, setup.rollout * job.response, chunked=_chunked(p, setup))
     return max(act.without_gradient(job.model, p), head) + _copies(job, setup) + gathered_policy(job, setup)
 
 
 def _copies(job: Job, setup: Setup) -> int:
     """Autocast keeps its copies of trainable weights for a whole rollout."""
-    p = Pass(1, 1, mode(job, setup), job.device)
+    p = forward(job, setup, 1, 1)
+    if setup.method != "full":  # of frozen weights a cast is kept by the graph alone
+        return 0
     return act.weight_copies(job.model, p) + act.weight_copies(job.reward, p)
+
+
+def _weight_copies(shape: Shape, p: Pass, setup: Setup) -> int:
+    """Autocast's, of weights that are not packed in four bits."""
+    return 0 if setup.method == "qlora" else act.weight_copies(shape, p)
 
 
 def _chunked(p: Pass, setup: Setup) -> bool:
@@ -310,15 +336,15 @@ def ppo_update(job: Job, setup: Setup) -> float:
 
     Both graphs are there after the forward; the critic's backward runs first, and what it saved is gone in the policy's.
     """
-    p = Pass(setup.micro, job.prompt + job.response, mode(job, setup), job.device)
+    p = forward(job, setup, setup.micro, job.prompt + job.response)
     kept, transient = act.logits_head(job.model, p, setup.micro * job.response, _chunked(p, setup))
     policy = _update(job.model, p, setup, kept, transient)
     critic = _update(job.reward, p, setup, p.tokens * job.reward.embed * p.s, 0)
-    saved = act.backbone(job.model, p, setup.checkpointing) + act.weight_copies(job.model, p) + kept
+    saved = act.backbone(job.model, p, setup.checkpointing) + _weight_copies(job.model, p, setup) + kept
     update = max(policy, saved + critic)
     if not job.ptx:
         return update
-    text = Pass(setup.micro, job.ptx_block, mode(job, setup), job.device, masked=False)
+    text = forward(job, setup, setup.micro, job.ptx_block, masked=False)
     head = act.logits_head(job.model, text, setup.micro * (job.ptx_block - 1), _chunked(text, setup))
     return max(update, _update(job.model, text, setup, *head))
 

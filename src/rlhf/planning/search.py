@@ -153,12 +153,8 @@ def _notes(stage: str, job: Job, setup: Setup, memory: Memory) -> list[str]:
             f"{memory.host * min(job.gpus, job.per_node) / GIB:.0f} GiB of memory on each machine; hours are without "
             "the time of moving states between CPU and GPU"
         )
-    if setup.method != "full":
-        found.append("activations as in full fine-tuning: an upper bound for adapters")
-        if stage == "ppo":
-            found.append(
-                "two bases are counted; a reward model that is an adapter on the policy's base saves the critic's"
-            )
+    if setup.method != "full" and stage == "ppo":
+        found.append("two bases are counted; a reward model that is an adapter on the policy's base saves the critic's")
     return found
 
 
