@@ -204,6 +204,13 @@ def test_dropout_is_what_is_asked_for(checkpoints, tokenizer, opt_tokenizer):
     assert load_policy(checkpoints["gpt2"], tokenizer).transformer.h[0].mlp.dropout.p == 0.1
 
 
+def test_gpt_neox_has_its_residual_dropout_too(tmp_path, tokenizer):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    AutoModelForCausalLM.from_config(GPTNeoXConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path)
+    layer = load_policy(tmp_path, tokenizer, resid_pdrop=0.25).gpt_neox.layers[0]
+    assert (layer.post_attention_dropout.p, layer.post_mlp_dropout.p) == (0.25, 0.25)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_rewards_have_no_dropout_even_in_training_mode(name, rewards):
     model, own = loaded(rewards[name])

@@ -239,13 +239,12 @@ def _loading(path: str | Path) -> Iterator[None]:
 
 
 def _set_dropout(config: Any, value: float | None, everywhere: bool = False) -> None:
-    """Residual dropout goes by `resid_pdrop` (GPT-2) or `dropout` (OPT)."""
+    """Residual dropout goes by `resid_pdrop` (GPT-2), `dropout` (OPT) or `hidden_dropout` (GPT-NeoX, of embeddings too)."""
     if value is None:
         return
-    names: tuple[str, ...] = ("resid_pdrop", "dropout")
+    names: tuple[str, ...] = ("resid_pdrop", "dropout", "hidden_dropout")
     if everywhere:
-        names += ("embd_pdrop", "attn_pdrop", "attention_dropout", "summary_first_dropout", "hidden_dropout")
-        names += ("layerdrop",)
+        names += ("embd_pdrop", "attn_pdrop", "attention_dropout", "summary_first_dropout", "layerdrop")
     for name in names:
         if hasattr(config, name):
             setattr(config, name, value)
