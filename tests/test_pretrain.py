@@ -172,3 +172,12 @@ def test_opt_and_gpt2_are_made_at_the_size_asked_for(tmp_path):
         widths = {p.shape[-1] for name, p in model.named_parameters() if "emb" in name or "wt" in name or "wpe" in name}
         assert widths == {48}
         assert model.config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("architecture, name", [("gpt2", "c_fc"), ("opt", "fc1")])
+@pytest.mark.parametrize("asked, width", [(None, 128), (40, 40)])
+def test_mlps_are_as_wide_as_asked_for(tmp_path, architecture, name, asked, width):
+    args = tiny.pretrain_args(tmp_path, architecture=architecture, hidden_size=32, intermediate_size=asked)
+    model = AutoModelForCausalLM.from_config(pretrain.model_config(args, pretrain.make_tokenizer(args, tiny.text())))
+    biases = [p for key, p in model.named_parameters() if f"{name}.bias" in key]
+    assert [len(p) for p in biases] == [width] * 2

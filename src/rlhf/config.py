@@ -208,6 +208,7 @@ class PretrainArgs(TrainerArgs):
 
     architecture: Literal["gpt2", "opt"] = option("gpt2", "architecture of the new model")
     hidden_size: int = option(128, "width of the model", ge=8)
+    intermediate_size: int | None = option(None, "width within its MLPs; default: 4 x hidden_size", ge=1)
     num_hidden_layers: int = option(2, "layers", ge=1)
     num_attention_heads: int = option(4, "attention heads; hidden_size must be a multiple of it", ge=1)
     max_position_embeddings: int = option(256, "longest context, in tokens", ge=8)

@@ -153,7 +153,7 @@ def model_config(args: PretrainArgs, tokenizer: Any) -> GPT2Config | OPTConfig:
         return OPTConfig(
             hidden_size=args.hidden_size,
             word_embed_proj_dim=args.hidden_size,
-            ffn_dim=4 * args.hidden_size,
+            ffn_dim=args.intermediate_size or 4 * args.hidden_size,
             num_hidden_layers=args.num_hidden_layers,
             num_attention_heads=args.num_attention_heads,
             max_position_embeddings=args.max_position_embeddings,
@@ -164,6 +164,7 @@ def model_config(args: PretrainArgs, tokenizer: Any) -> GPT2Config | OPTConfig:
         )
     return GPT2Config(
         n_embd=args.hidden_size,
+        n_inner=args.intermediate_size,
         n_layer=args.num_hidden_layers,
         n_head=args.num_attention_heads,
         n_positions=args.max_position_embeddings,
