@@ -18,6 +18,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers.cache_utils import DynamicLayer
 
 from rlhf import RLHFError
 from rlhf.data.encode import batches, decode_completions, pad
@@ -207,7 +208,7 @@ def generate(
         cache, logits = output.past_key_values, output.logits[:, -1].index_fill(-1, banned, float("-inf"))
         if t == 0 and len(distinct) < len(prompts):
             rows = torch.tensor(of, device=device)
-            cache.batch_select_indices(rows)
+            select_rows(cache, rows)
             logits, mask, position = logits[rows], mask[rows], position[rows]
         token = sample(logits, draws[alive, t], temperature)
         for row, value in zip(alive.tolist(), token.tolist()):
@@ -219,10 +220,19 @@ def generate(
         position = position[:, -1:] + 1
         if not going_on.all():
             keep = going_on.nonzero().squeeze(-1)
-            cache.batch_select_indices(keep)
+            select_rows(cache, keep)
             alive, mask, position, token = alive[keep], mask[keep], position[keep], token[keep]
         ids, mask = token[:, None], torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
     return responses, ended
+
+
+def select_rows(cache: Any, rows: Tensor) -> None:
+    """`cache.batch_select_indices(rows)`, which indexes; on a CPU `index_select` copies whole rows in a fifth of the time."""
+    for layer in cache.layers:
+        if type(layer) is DynamicLayer:
+            layer.keys, layer.values = layer.keys.index_select(0, rows), layer.values.index_select(0, rows)
+        else:
+            layer.batch_select_indices(rows)
 
 
 CHECK_EVERY = 16  # tokens between two looks at which sequences have ended, each of which waits for the GPU
