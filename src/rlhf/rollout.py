@@ -230,6 +230,7 @@ def select_rows(cache: Any, rows: Tensor) -> None:
     """`cache.batch_select_indices(rows)`, which indexes; on a CPU `index_select` copies whole rows in a fifth of the time."""
     for layer in cache.layers:
         if type(layer) is DynamicLayer:
+            assert layer.keys is not None and layer.values is not None
             layer.keys, layer.values = layer.keys.index_select(0, rows), layer.values.index_select(0, rows)
         else:
             layer.batch_select_indices(rows)
