@@ -61,6 +61,15 @@ def test_flops_are_those_that_pytorch_counts(gpu, name):
     assert counter.get_total_flops() == shape.forward(32, 2 * 16 * 16, 32)
 
 
+def test_rows_are_chosen_by_their_options_and_named_by_their_launch(gpu, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "configs/accelerate/deepspeed/zero2.json")
+    row = {"seconds": 1.0, "tokens_per_second": 1.0, "flops": 1.0}
+    monkeypatch.setattr(gpu, "STAGES", dict.fromkeys(gpu.STAGES, lambda *args: dict(row)))
+    assert gpu.main(["--smoke", "--models", "opt-1.3b", "--options", "LoRA"]) == 0
+    rows = [line.split(" | ")[:3] for line in capsys.readouterr().out.splitlines() if line.startswith("| opt")]
+    assert rows == [["| opt-1.3b", stage, "LoRA, zero2"] for stage in ("sft", "rm", "ppo")]
+
+
 def test_a_row_that_fails_is_named_and_the_others_stay(gpu, monkeypatch, capsys):
     monkeypatch.setitem(gpu.STAGES, "sft", lambda *args: math.sqrt(-1))
     assert gpu.main(["--smoke", "--models", "gpt2", "--stages", "sft", "rm"]) == 1

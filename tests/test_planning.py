@@ -379,6 +379,13 @@ def test_peaks_on_a_gpu(name, stage, micro, options, measured, near):
     assert memory.MEMORY[stage](job, setup).peak / GIB == pytest.approx(measured, rel=near)
 
 
+def test_weights_packed_in_four_bits_have_no_copies():
+    shape = find("gpt2")
+    job = Job(model=shape, reward=shape, dtype="float32")  # under autocast, which copies what is not packed
+    lora, qlora = (memory.sft(job, Setup("single", method=method)).phases["update"] for method in ("lora", "qlora"))
+    assert lora["activations"] - qlora["activations"] == 2 * shape.matrix_parameters
+
+
 def test_logits_are_whole_in_float32_and_where_the_unembedding_is_spread():
     """By hand: 8 x 128 answers of GPT-2, of 50,257 entries and 768 wide; 8,192 of them are taken 4,096 at once."""
     shape = find("gpt2")
