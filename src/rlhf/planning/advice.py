@@ -90,7 +90,9 @@ def job_of(stage: str, args: Any) -> Job:
         parent = {"sft": "base", "reward": "sft"}[stage]
         shape = _shape(resolve(registry, args.model_name_or_path, args.run_name, parent)[0])
         length = min(args.max_length, shape.positions)
-        return Job(model=shape, reward=shape, sft_length=length, rm_length=length, **common)
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
+        lengths = {"sft_length": length, "rm_length": length, "sft_batch": batch, "rm_batch": batch}
+        return Job(model=shape, reward=shape, **lengths, **common)
     policy = _shape(resolve(registry, args.sft_model_path, args.run_name, "sft")[0])
     path = (args.reward_model_path or [None])[0]
     reward = policy if args.reward_model_path == [] else _shape(resolve(registry, path, args.run_name, "rm")[0])

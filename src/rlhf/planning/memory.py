@@ -196,16 +196,14 @@ def sft(job: Job, setup: Setup) -> Memory:
     shape, held = job.model, states(job.model, job.model.parameters, job, setup)
     some = setup.micro > 1
     p = forward(job, setup, setup.micro, job.sft_length, dropout=True, adapter_dropout=True, masked=some)
-    update = _update(shape, p, setup, *act.sft_head(shape, p))
-    return _training(held, update, _step_transient(held, job, setup))
+    return _training("sft", job, setup, held, shape, p, *act.sft_head(shape, p))
 
 
 def rm(job: Job, setup: Setup) -> Memory:
     """Prompts, each with `completions` rows of `rm_length`, one scalar a position."""
     shape, held = job.reward, states(job.reward, job.reward.scalar_parameters, job, setup)
     p = forward(job, setup, setup.micro * job.completions, job.rm_length, adapter_dropout=True)
-    update = _update(shape, p, setup, p.tokens * (shape.embed * p.s + 8), 0)
-    return _training(held, update, _step_transient(held, job, setup))
+    return _training("rm", job, setup, held, shape, p, p.tokens * (shape.embed * p.s + 8), 0)
 
 
 def _update(shape: Shape, p: Pass, setup: Setup, kept: int, transient: int) -> int:
@@ -215,9 +213,23 @@ def _update(shape: Shape, p: Pass, setup: Setup, kept: int, transient: int) -> i
     return saved + max(kept + transient, act.backward_of_a_layer(shape, p, setup.checkpointing))
 
 
-def _training(held: States, update: float, step: float) -> Memory:
-    fixed = {"weights": held.weights, "optimizer": held.optimizer, "buffers": held.buffers, "gradients": held.gradients}
-    phases = {"update": {**fixed, "activations": update}, "step": {**fixed, "activations": step}}
+def _training(
+    stage: str, job: Job, setup: Setup, held: States, shape: Shape, p: Pass, kept: int, transient: int
+) -> Memory:
+    """A stage of one model. kept, transient: bytes of its head.
+
+    Gradients stay from one micro-batch of a step to the next. Where it has but one they come as activations go: all of them are
+    there for the first layer's alone.
+    """
+    fixed = {"weights": held.weights, "optimizer": held.optimizer, "buffers": held.buffers}
+    learned = fixed | {"gradients": held.gradients}
+    first_layer = act.block(shape, p) + _weight_copies(shape, p, setup) + act.backward_of_a_layer(shape, p)
+    several = items(stage, job) > setup.micro
+    phases = {
+        "update": {**(learned if several else fixed), "activations": _update(shape, p, setup, kept, transient)},
+        "backward": {**learned, "activations": first_layer},
+        "step": {**learned, "activations": _step_transient(held, job, setup)},
+    }
     return Memory(phases, held.host)
 
 
