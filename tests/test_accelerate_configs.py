@@ -122,7 +122,8 @@ def test_deepspeed_on_the_cpu(name, tmp_path):
 
 
 STUBS = {  # what a cluster has: the hosts of a job, and a start of the words on each machine
-    "scontrol": '[ "$1 $2 $3" = "show hostnames node[7-8]" ] && printf "node7\\nnode8\\n"',
+    # More than a pipe holds: whoever reads one line must not end it, and the script with it, by a broken pipe.
+    "scontrol": '[ "$1 $2 $3" = "show hostnames node[7-8]" ] && printf "node7\\n" && yes node8 | head -n 100000',
     "srun": 'shift; for i in 0 1; do SLURM_NODEID=$i "$@"; done',
     "accelerate": 'echo "$OMP_NUM_THREADS $*"',
 }

@@ -1,6 +1,7 @@
 """The `rlhf` command and `run_stage`, as processes: what is printed where, and the exit status."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -79,6 +80,13 @@ def test_main_returns_a_status(registry, capsys):
     assert cli.main(["registry", "ls", "--root", str(registry.root)]) == 0
     assert cli.main(["registry", "ls", "nobody", "--root", str(registry.root)]) == 2
     assert capsys.readouterr().err.startswith("error: no versions in run 'nobody'")
+
+
+def test_libraries_do_not_report_what_a_command_does_not_need(registry, monkeypatch):
+    """bitsandbytes names a package that it would like, on each CPU with bfloat16 matrix products."""
+    monkeypatch.setattr(logging.getLogger("bitsandbytes"), "level", logging.NOTSET)
+    assert cli.main(["registry", "ls", "--output_dir", str(registry.root)]) == 0
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
 
 
 def test_what_is_no_mistake_of_the_user_keeps_its_traceback(registry, monkeypatch):

@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without Unicode shows ? and works
     args = build_parser().parse_args(argv)
+    silence_libraries()
     try:
         module, function = args.run.split(":")
         status = getattr(importlib.import_module(module), function)(args)
