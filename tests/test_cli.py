@@ -85,7 +85,7 @@ def test_main_returns_a_status(registry, capsys):
 def test_libraries_do_not_report_what_a_command_does_not_need(registry, monkeypatch):
     """bitsandbytes names a package that it would like, on each CPU with bfloat16 matrix products."""
     monkeypatch.setattr(logging.getLogger("bitsandbytes"), "level", logging.NOTSET)
-    assert cli.main(["registry", "ls", "--output_dir", str(registry.root)]) == 0
+    assert cli.main(["registry", "ls", "--root", str(registry.root)]) == 0
     assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
 
 
