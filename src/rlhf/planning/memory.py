@@ -194,8 +194,8 @@ def states(shape: Shape, parameters: int, job: Job, setup: Setup) -> States:
 def sft(job: Job, setup: Setup) -> Memory:
     """Demonstrations of `sft_length`, with residual dropout (InstructGPT); every token learned, which is an upper bound."""
     shape, held = job.model, states(job.model, job.model.parameters, job, setup)
-    some = setup.micro > 1
-    p = forward(job, setup, setup.micro, job.sft_length, dropout=True, adapter_dropout=True, masked=some)
+    kind = {"dropout": True, "adapter_dropout": True, "masked": setup.micro > 1}
+    p = forward(job, setup, setup.micro, job.sft_length, **kind)
     return _training("sft", job, setup, held, shape, p, *act.sft_head(shape, p))
 
 
@@ -327,9 +327,9 @@ def _score(job: Job, setup: Setup) -> float:
 
 def _copies(job: Job, setup: Setup) -> int:
     """Autocast keeps its copies of trainable weights for a whole rollout."""
-    p = forward(job, setup, 1, 1)
     if setup.method != "full":  # of frozen weights a cast is kept by the graph alone
         return 0
+    p = forward(job, setup, 1, 1)
     return act.weight_copies(job.model, p) + act.weight_copies(job.reward, p)
 
 
