@@ -38,6 +38,7 @@ ARCHITECTURES = ["gpt2", "opt"]
 # Again, by bitsandbytes' CUDA kernels.
 test_a_bfloat16_base_has_float32_adapters = test_adapters.test_a_bfloat16_base_has_float32_adapters
 test_a_quantised_base_is_trained_through = test_adapters.test_a_quantised_base_is_trained_through
+test_quantised_layers_answer_in_16_bits = test_adapters.test_quantised_layers_answer_in_16_bits_under_autocast
 FAST = {"bf16": True, "gradient_checkpointing": True}
 
 

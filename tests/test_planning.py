@@ -380,6 +380,19 @@ def test_peaks_on_a_gpu(name, stage, micro, options, measured, near):
     assert memory.MEMORY[stage](job, setup).peak / GIB == pytest.approx(measured, rel=near)
 
 
+@pytest.mark.parametrize("stage", ["sft", "rm"])
+def test_gradients_stay_from_one_micro_batch_to_the_next(stage):
+    """Where a step has but one, they are all there for the first layer's activations alone."""
+    shape = find("gpt2")
+    gradients = 4 * (shape.parameters if stage == "sft" else shape.scalar_parameters)
+    for batch, several in ((8, False), (16, True)):
+        job = Job(model=shape, reward=shape, sft_batch=batch, rm_batch=batch)
+        phases = memory.MEMORY[stage](job, Setup("single", micro=8)).phases
+        assert phases["update"].get("gradients", 0) == gradients * several
+        assert phases["backward"]["gradients"] == phases["step"]["gradients"] == gradients
+        assert phases["backward"]["activations"] < phases["update"]["activations"]
+
+
 def test_weights_packed_in_four_bits_have_no_copies():
     shape = find("gpt2")
     job = Job(model=shape, reward=shape, dtype="float32")  # under autocast, which copies what is not packed
