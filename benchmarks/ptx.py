@@ -53,7 +53,9 @@ def measure(demo: Demo) -> dict[str, dict]:
             batch_size=256,
         )
         utilities[name] = [judge(p, a).utility for p, a in zip(prompts, answers.texts)]
-        found[name] = {"perplexity": perplexity(policy, tokenizer, text, block_size=BLOCK)}
+        found[name] = {
+            "perplexity": perplexity(policy, tokenizer, text, block_size=BLOCK, packing_strategy="bfd_split")
+        }
         if name != "sft":
             found[name] |= win_rate(utilities[name], utilities["sft"]) | {
                 "kl": artifact.manifest["metrics"].get("kl", float("nan")),

@@ -302,6 +302,32 @@ def test_blocks_join_documents_by_eos_and_drop_the_rest(tokenizer):
     assert blocks(tokenizer, ["ab", "c", "ab"], 3).tolist() == [[a, b, end], [c, end, a]]
 
 
+def test_whole_documents_are_packed_by_best_fit_and_only_longer_ones_are_cut(tokenizer, capfd):
+    a, b, c, end = *tokenizer.convert_tokens_to_ids(["a", "b", "c"]), tokenizer.eos_token_id
+    pad_id = tokenizer.pad_token_id
+    found = blocks(tokenizer, ["a", "b c b a c".replace(" ", ""), "cb"], 5, "bfd_split").tolist()
+    # Six tokens of the second: a block and its EOS; then the three of the third with what fits behind: a and its EOS.
+    assert found == [[b, c, b, a, c], [c, b, end, a, end], [end, *[pad_id] * 4]]
+    assert blocks(tokenizer, ["a", "b"], 3, "bfd_split").tolist() == [[a, end, pad_id], [b, end, pad_id]]
+    assert capfd.readouterr().err == ""  # no bar of a library
+
+
+@relaxed
+@given(texts=st.lists(st.text("abc", max_size=9), min_size=1, max_size=6), size=st.integers(2, 8))
+def test_packing_keeps_each_token_once(tokenizer, texts, size):
+    documents = [[*tokenizer(t)["input_ids"], tokenizer.eos_token_id] for t in texts]
+    tokens = sorted(i for ids in documents for i in ids)
+    if len(tokens) < size:
+        return
+    rows = blocks(tokenizer, texts, size, "bfd_split")
+    real = rows != tokenizer.pad_token_id
+    assert rows.shape[1] == size and sorted(rows[real].tolist()) == tokens
+    assert not (real[:, 1:] & ~real[:, :-1]).any()  # padding is behind
+    for ids in documents:
+        if len(ids) <= size:  # whole, in one row
+            assert any(ids == row[i : i + len(ids)] for row in rows.tolist() for i in range(size - len(ids) + 1))
+
+
 def test_blocks_take_no_special_token_from_the_text(tokenizer):
     found = blocks(tokenizer, [f"a{EOS}{PAD}" + "b" * 20], 8)
     assert not {tokenizer.eos_token_id, tokenizer.pad_token_id} & set(found.flatten().tolist())

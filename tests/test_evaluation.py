@@ -5,10 +5,12 @@ import math
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf.data.encode import blocks
 from rlhf.evaluation import (
     answer,
     best_of_n,
@@ -16,6 +18,7 @@ from rlhf.evaluation import (
     bootstrap_ci95,
     expected_best,
     mean_ci95,
+    perplexity,
     ranking_metrics,
     win_rate,
 )
@@ -136,3 +139,18 @@ def test_the_kl_of_best_of_n_is_that_of_its_distribution():
         p = (i / len(i)) ** n - ((i - 1) / len(i)) ** n
         kl = torch.special.xlogy(p, p * len(i)).sum()
         assert best_of_n_kl(n) == pytest.approx(float(kl), abs=2e-3)
+
+
+@pytest.mark.parametrize("strategy", ["wrapped", "bfd_split"])
+def test_perplexity_is_that_of_transformers_loss_without_padding(tmp_path, strategy):
+    path = tiny.published(tmp_path, "base").require("base", "tiny").path
+    tokenizer = load_tokenizer(path)
+    model = load_policy(path, tokenizer).eval()
+    texts = [text[: 6 + 7 * (i % 4)] for i, text in enumerate(tiny.text())]
+    ids = blocks(tokenizer, texts, 16, strategy)
+    padding = ids == tokenizer.pad_token_id
+    assert padding.any() == (strategy == "bfd_split")
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=ids.masked_fill(padding, -100)).loss
+    found = perplexity(model, tokenizer, texts, block_size=16, packing_strategy=strategy, batch_size=7)
+    assert found == pytest.approx(math.exp(float(loss)), rel=1e-5)

@@ -271,6 +271,26 @@ def test_ppo_and_pretraining_gradients_add_up_in_one_buffer(tmp_path):
         assert_close(both[name], alone[name], rtol=1e-5, atol=1e-7)
 
 
+def test_padding_of_packed_documents_is_not_learned(tmp_path):
+    stages(tmp_path)
+    text = tiny.write_lines(
+        tmp_path / "short.jsonl", [{"text": t[: 5 + 9 * (i % 3)]} for i, t in enumerate(tiny.text())]
+    )
+    packed = {"ptx_dataset_name": text, "ptx_packing_strategy": "bfd_split", "ptx_coef": 3.0, "ptx_ratio": 1.0}
+    alone, *_ = gradient_of_update(ppo_args(tmp_path, ptx_coef=0.0))
+    fresh = trainer_of(ppo_args(tmp_path, **packed))
+    ((rows, _, count),) = fresh.pretraining_batches()
+    padding = rows == fresh.actors.tokenizer.pad_token_id
+    assert padding.any() and count == (~padding[:, 1:]).sum() < 4 * 15
+    policy = fresh.accelerator.unwrap_model(fresh.model).policy
+    (3.0 * policy(input_ids=rows, labels=rows.masked_fill(padding, -100)).loss).backward()
+    for size in (4, 1):
+        both, *_ = gradient_of_update(ppo_args(tmp_path, **packed, per_device_ptx_batch_size=size))
+        for name, parameter in policy.named_parameters():
+            expected = alone[f"policy.{name}"] + parameter.grad
+            assert_close(both[f"policy.{name}"], expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_the_objective_is_the_papers(tmp_path):
     stages(tmp_path)
     args = ppo_args(tmp_path, ptx_coef=0.0)

@@ -163,6 +163,29 @@ def test_held_out_blocks_are_not_trained_on(tmp_path):
     assert len(held_out) == round(0.25 * len(everything))
 
 
+def test_packed_documents_are_learned_without_their_padding(tmp_path):
+    args = tiny.pretrain_args(tmp_path, eval_fraction=0.25, packing_strategy="bfd_split", max_steps=2)
+    tokenizer = pretrain.make_tokenizer(args, tiny.text())
+    train, held_out = pretrain.token_blocks(args, tokenizer, tiny.text())
+    rows = [*train.rows, *held_out.rows]
+    assert len(held_out) == round(0.25 * len(rows))
+    for row in rows:
+        padding = row["input_ids"] == tokenizer.pad_token_id
+        assert (row["labels"][padding] == -100).all() and (row["labels"] == row["input_ids"])[~padding].all()
+    assert any((row["labels"] == -100).any() for row in rows)
+    real = [int((row["labels"] != -100).sum()) for row in rows]
+    assert sum(real) == sum(len(tokenizer(t)["input_ids"]) + 1 for t in tiny.text())
+    again, _ = pretrain.token_blocks(args, tokenizer, tiny.text())
+    assert torch.equal(again.rows[0]["input_ids"], train.rows[0]["input_ids"])
+    artifact = pretrain.run(args)
+    assert artifact.manifest["metrics"]["train_tokens"] == sum(real[: len(train)])
+    model, tokenizer = tiny.load_causal(artifact)
+    ids, labels = (torch.stack([row[name] for row in held_out.rows]) for name in ("input_ids", "labels"))
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=labels).loss
+    assert artifact.manifest["metrics"]["eval_loss"] == pytest.approx(float(loss), rel=1e-4)
+
+
 def test_opt_and_gpt2_are_made_at_the_size_asked_for(tmp_path):
     for architecture in ("gpt2", "opt"):
         args = tiny.pretrain_args(tmp_path, architecture=architecture, hidden_size=48, num_hidden_layers=3)

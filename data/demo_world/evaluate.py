@@ -64,7 +64,8 @@ def evaluate(demo: Any, world: dict[str, Any], agreed: float) -> dict[str, Any]:
     summary["eos_rate"] = {n: sum(a.ended) / len(a.ended) for n, a in answers.items()}
     text = [r["text"] for r in read(demo.data / "base_heldout.jsonl")]
     summary["perplexity"] = {
-        n: evaluation.perplexity(p, tokenizer, text, block_size=BLOCK) for n, p in policies.items()
+        n: evaluation.perplexity(p, tokenizer, text, block_size=BLOCK, packing_strategy="bfd_split")
+        for n, p in policies.items()
     }
     summary["rollouts"] = artifacts["ppo"].manifest["metrics"]["rollouts"]
     summary["stopped"] = artifacts["ppo"].manifest["metrics"]["stopped"]

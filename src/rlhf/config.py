@@ -37,6 +37,9 @@ def option(default: Any, help: str, **bounds: float) -> Any:
     return field(default=default, metadata=metadata)
 
 
+Packing = Literal["wrapped", "bfd_split"]
+PACKING = "how raw text fills examples: documents joined and cut, or whole documents by best fit (bfd_split)"
+
 # --------------------------------------------------------------------------------------------------------------- stages
 
 
@@ -224,6 +227,7 @@ class PretrainArgs(TrainerArgs):
     tokenizer_merges_file: str | None = option(None, "merges.txt of that byte-level BPE")
     vocab_size: int = option(2048, "size of the tokenizer to train, PAD and EOS included", ge=258)
     block_size: int = option(128, "tokens in one training example", ge=8)
+    packing_strategy: Packing = option("wrapped", PACKING)
     learning_rate: float = option(1e-3, "peak learning rate", gt=0)
     warmup_steps: int = option(20, "optimiser steps of linear warm-up", ge=0)
     weight_decay: float = option(0.1, "decoupled weight decay (AdamW)", ge=0)
@@ -276,6 +280,7 @@ class SFTArgs(AdapterArgs, TrainerArgs):
         0.1, "share of the training examples that are raw text, where there is any", gt=0, le=0.9
     )
     ptx_block_size: int = option(128, "tokens in one example of raw text", ge=8)
+    ptx_packing_strategy: Packing = option("wrapped", PACKING)
     reward_model_path: str | None = option(
         None,
         "folder or RUN/STAGE of a reward model: the epoch whose answers to held-out prompts it likes best is published",
@@ -428,6 +433,7 @@ class PPOArgs(AdapterArgs, StageArgs):
     ptx_dataset_config: str | None = option(None, "configuration of that Hub data set")
     ptx_dataset_split: str = option("train", "split of that Hub data set")
     ptx_block_size: int = option(128, "tokens in one pretraining example", ge=8)
+    ptx_packing_strategy: Packing = option("wrapped", PACKING)
     ema_decay: float | None = option(
         0.992, "decay of the average of the policy's weights, an optimiser step; null: no average", ge=0, le=1
     )

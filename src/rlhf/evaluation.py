@@ -143,18 +143,25 @@ def score_answers(reward: Any, tokenizer: Any, rows: Sequence[Sequence[int]], *,
 
 @torch.no_grad()
 def perplexity(
-    model: Any, tokenizer: Any, texts: Sequence[str], *, block_size: int = 128, batch_size: int = 32
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    block_size: int = 128,
+    packing_strategy: str = "wrapped",
+    batch_size: int = 32,
 ) -> float:
-    """exp of the mean negative log-likelihood a token of raw text, in blocks of `block_size`."""
-    text = blocks(tokenizer, texts, block_size)
-    total = 0.0
+    """exp of the mean negative log-likelihood a token of raw text, in blocks of `block_size` (rlhf.data.encode.blocks)."""
+    text = blocks(tokenizer, texts, block_size, packing_strategy)
+    total, count = 0.0, 0
     for part in text.split(batch_size):
         part = part.to(model.device)
-        where = torch.ones_like(part, dtype=torch.bool)
+        where = (part != tokenizer.pad_token_id).roll(-1, dims=1)
         where[:, -1] = False
         logits = logits_at(model, part, torch.ones_like(part), where)
-        total -= token_logprobs(logits[None], part[:, 1:].reshape(1, -1)).sum().item()
-    return math.exp(total / (len(text) * (block_size - 1)))
+        total -= token_logprobs(logits[None], part.roll(-1, dims=1)[where][None]).sum().item()
+        count += len(logits)
+    return math.exp(total / count)
 
 
 def best_of_n(

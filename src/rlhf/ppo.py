@@ -157,14 +157,14 @@ def load_prompts(args: PPOArgs, tokenizer: Any, actors: Actors) -> tuple[Prompts
 
 
 def load_pretraining(args: PPOArgs, tokenizer: Any, policy: Any, data: list[dict[str, Any]]) -> Tensor | None:
-    """Blocks [N, ptx_block_size] of raw text for the pretraining mix, None without one."""
+    """Blocks [N, ptx_block_size] of raw text for the pretraining mix, with PAD where no text is; None without one."""
     if args.ptx_coef == 0 or args.ptx_dataset_name is None:
         return None
     text = load_text(args)
     data.append(fingerprint(text))
     size = min(args.ptx_block_size, context_length(policy) or args.ptx_block_size)
     try:
-        return blocks(tokenizer, text["text"][:], size)
+        return blocks(tokenizer, text["text"][:], size, args.ptx_packing_strategy)
     except ValueError as error:
         raise TrainingError(f"{args.ptx_dataset_name}: {error}; give more text, or a smaller ptx_block_size") from None
 
@@ -386,7 +386,8 @@ class PPO:
         """ptx_coef times the negative log-likelihood of raw text [b, L], over `count` tokens of the minibatch."""
         text = text.to(self.accelerator.device)
         logp = self.model(None, self.args.temperature, self.actors.banned, text=text)
-        loss = objectives.pretraining_loss(logp, torch.full_like(logp, real, dtype=torch.bool), count=count)
+        mask = self.is_text(text) if real else torch.zeros_like(logp, dtype=torch.bool)
+        loss = objectives.pretraining_loss(logp, mask, count=count)
         sums["loss/pretraining"] = sums.get("loss/pretraining", 0.0) + float(loss.detach())
         return self.args.ptx_coef * loss * self.accelerator.num_processes
 
@@ -411,11 +412,16 @@ class PPO:
         """This process's raw text for one optimiser step, ptx_ratio examples an episode; whether it counts; the step's tokens."""
         if self.pretraining is None:
             return
-        args, (blocks_, length) = self.args, self.pretraining.shape
+        args = self.args
         count = max(1, round(args.mini_batch_size * args.ptx_ratio))
-        wanted = torch.tensor(prompt_batch(args.seed + 1, self.state.steps, count, blocks_))
+        wanted = torch.tensor(prompt_batch(args.seed + 1, self.state.steps, count, len(self.pretraining)))
+        tokens = int(self.is_text(self.pretraining[wanted]).sum())
         for part, real in self.parts(wanted, args.per_device_ptx_batch_size):
-            yield self.pretraining[part], real, count * (length - 1)
+            yield self.pretraining[part], real, tokens
+
+    def is_text(self, text: Tensor) -> Tensor:
+        """Which tokens of raw text [b, L], from its second on, are to be learned [b, L-1]: those that are not PAD."""
+        return text[:, 1:] != self.actors.tokenizer.pad_token_id
 
     def clip_gradients(self) -> dict[str, float]:
         """Clips policy and critic each to max_grad_norm, so that neither's scale decides the other's step; their norms."""

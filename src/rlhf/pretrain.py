@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -78,7 +79,7 @@ def run(args: PretrainArgs) -> Artifact | None:
         pin_inputs(work, resume, {}, data)
         refuse_other_architecture(model, resume)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        metrics = {"parameters": model.num_parameters(), "train_tokens": len(train) * args.block_size}
+        metrics = {"parameters": model.num_parameters(), "train_tokens": learned_tokens(train)}
         metrics |= evaluate(trainer)
         artifact = publish(
             registry,
@@ -178,14 +179,22 @@ def model_config(args: PretrainArgs, tokenizer: Any) -> GPT2Config | OPTConfig:
 
 
 def token_blocks(args: PretrainArgs, tokenizer: Any, texts: list[str]) -> tuple[Rows, Rows]:
-    """Training and held-out blocks; the held-out ones are the last share of the text."""
+    """Training and held-out blocks; the held-out ones are the last share of the text, of packed documents a random one."""
     try:
-        ids = blocks(tokenizer, texts, args.block_size)
+        ids = blocks(tokenizer, texts, args.block_size, args.packing_strategy)
     except ValueError as error:
         raise TrainingError(f"{args.dataset_name}: {error}; give more text, or a smaller block_size") from None
+    if args.packing_strategy == "bfd_split":  # which puts the longest documents first
+        ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(args.seed))]
     cut = max(1, len(ids) - round(args.eval_fraction * len(ids)))
-    rows = [{"input_ids": block, "labels": block} for block in ids]
+    labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)
+    rows = [{"input_ids": block, "labels": learned} for block, learned in zip(ids, labels)]
     return Rows(rows[:cut]), Rows(rows[cut:])
+
+
+def learned_tokens(rows: Rows) -> int:
+    """Tokens of the text in training blocks, without padding."""
+    return sum(int((row["labels"] != -100).sum()) for row in rows.rows)
 
 
 def evaluate(trainer: Trainer) -> dict[str, float]:

@@ -170,12 +170,14 @@ def with_pretraining_mix(
     text = load_text(args)
     data.append(fingerprint(text))
     try:
-        pretraining = blocks(tokenizer, text["text"][:], min(args.ptx_block_size, limit))
+        size = min(args.ptx_block_size, limit)
+        pretraining = blocks(tokenizer, text["text"][:], size, args.ptx_packing_strategy)
     except ValueError as error:
         raise TrainingError(f"{args.ptx_dataset_name}: {error}; give more text, or a smaller ptx_block_size") from None
     count = max(1, round(len(train) * args.ptx_fraction / (1 - args.ptx_fraction)))
     order = torch.randperm(len(pretraining), generator=torch.Generator().manual_seed(args.seed))
-    rows = pretraining[order.repeat(-(-count // len(order)))[:count]].tolist()
+    chosen = pretraining[order.repeat(-(-count // len(order)))[:count]]
+    rows = [row[row != tokenizer.pad_token_id].tolist() for row in chosen]
     return concatenate_datasets([train, Dataset.from_dict({"input_ids": rows, "labels": rows})])
 
 

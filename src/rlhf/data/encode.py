@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from datasets import Dataset, disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 from jinja2 import TemplateError
 from torch import Tensor
 
@@ -185,18 +186,37 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> tuple
     return ids, mask
 
 
-def blocks(tokenizer: Any, texts: Sequence[str], block_size: int) -> Tensor:
-    """Raw text as training examples [N, block_size]: documents joined by EOS and cut, the incomplete rest dropped.
+def blocks(tokenizer: Any, texts: Sequence[str], block_size: int, packing_strategy: str = "wrapped") -> Tensor:
+    """Raw text as training examples [N, block_size], each document with its EOS.
 
+    packing_strategy, named as in TRL. "wrapped": documents joined and cut, the incomplete rest dropped. "bfd_split": whole
+    documents by best fit, with PAD behind them where no other fits; only those longer than a block are cut.
     Raises ValueError when the text is shorter than one block.
     """
-    stream: list[int] = []
-    for ids in _as_text(tokenizer, texts):
-        stream += [*ids, tokenizer.eos_token_id]
-    count = len(stream) // block_size
-    if count == 0:
-        raise ValueError(f"the text has {len(stream)} tokens, fewer than one block of {block_size}")
-    return torch.tensor(stream[: count * block_size]).view(count, block_size)
+    documents = [[*ids, tokenizer.eos_token_id] for ids in _as_text(tokenizer, texts)]
+    total = sum(map(len, documents))
+    if total < block_size:
+        raise ValueError(f"the text has {total} tokens, fewer than one block of {block_size}")
+    if packing_strategy == "bfd_split":
+        ids, _ = pad(_packed(documents, block_size), tokenizer.pad_token_id)
+        return torch.nn.functional.pad(ids, (0, block_size - ids.shape[1]), value=tokenizer.pad_token_id)
+    stream = torch.tensor([token for ids in documents for token in ids])
+    return stream[: total // block_size * block_size].view(-1, block_size)
+
+
+def _packed(documents: list[list[int]], block_size: int) -> list[list[int]]:
+    from trl.data_utils import pack_dataset  # takes seconds
+
+    bars = is_progress_bar_enabled()
+    disable_progress_bars()
+    try:
+        packed = pack_dataset(
+            Dataset.from_dict({"input_ids": documents}), block_size, "bfd_split", {"batch_size": len(documents)}
+        )
+    finally:
+        if bars:
+            enable_progress_bars()
+    return list(packed["input_ids"][:])
 
 
 def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
