@@ -311,15 +311,15 @@ def test_raw_text_is_a_tenth_of_the_examples(tmp_path):
 
 def test_raw_text_of_whole_documents_has_no_padding_among_the_examples(tmp_path):
     path = tiny.published(tmp_path, "base").require("base", "tiny").path
-    text = tiny.write_lines(tmp_path / "text.jsonl", [{"text": "the river"}, {"text": "a"}])
+    text = tiny.write_lines(tmp_path / "text.jsonl", [{"text": "1234"}, {"text": "5678"}])
     args = tiny.sft_args(
         tmp_path, ptx_dataset_name=text, ptx_block_size=8, ptx_packing_strategy="bfd_split", ptx_fraction=0.5
     )
     tokenizer = models.load_tokenizer(path)
     mixed = sft.with_pretraining_mix(args, tokenizer, Dataset.from_dict({"input_ids": [[1]], "labels": [[1]]}), 64, [])
     (row,) = [row for row in mixed if row["input_ids"] != [1]]
-    assert row["input_ids"] == row["labels"] and tokenizer.pad_token_id not in row["input_ids"]
-    assert row["input_ids"][-1] == tokenizer.eos_token_id
+    assert row["input_ids"] == row["labels"] and len(row["input_ids"]) == 5
+    assert tokenizer.decode(row["input_ids"]) in ("1234<|endoftext|>", "5678<|endoftext|>")
 
 
 @pytest.fixture
