@@ -104,12 +104,7 @@ def test_completions_share_the_row_of_their_prompt():
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2, 0, 1, 1, 1]]
     assert batch["lengths"].tolist() == [[2, 2, 1, *[0] * 7], [1, 1, 1, 1, *[0] * 6]]
     assert batch["read"].tolist() == [3, 4, 6, 7, 8]
-    assert type(shared_prompt.layout([1], [[1, 1]], torch.device("cpu"))) is list
-    first, second = shared_prompt.groups_of([2, 1], [[2, 1], [1, 1, 1]], torch.device("cpu"))
-    assert (first.prompt, first.tokens, second.prompt, second.tokens) == (2, 3, 1, 3)
-    assert first.own.tolist() == [[0, 1], [2, 2]] and first.real.tolist() == [0, 1, 2]
-    assert first.mask.int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
-    rows = shared_prompt.block([2, 1], [[2, 1], [1, 1, 1]], torch.device("cpu"))
+    rows = shared_prompt.layout([2, 1], [[2, 1], [1, 1, 1]], torch.device("cpu"))
     assert rows.prompts.tolist() == [[0, 1], [5, 5]]
     assert rows.completions.tolist() == [[2, 3], [4, 4], [6, 6], [7, 7], [8, 8]]
     assert rows.whose.tolist() == [[1, 0], [1, 0], [0, 1], [0, 1], [0, 1]]
@@ -181,14 +176,8 @@ def scores_and_gradients(model, items, share):
     return scores.detach(), loss.detach(), gradients
 
 
-@pytest.fixture(params=["groups_of", "block"])
-def layout(request, monkeypatch):
-    """Each layout in turn, whatever the device."""
-    monkeypatch.setattr(shared_prompt, "layout", getattr(shared_prompt, request.param))
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_shared_prompts_give_the_scores_and_gradients_of_one_row_a_completion(layout, family):
+def test_shared_prompts_give_the_scores_and_gradients_of_one_row_a_completion(family):
     """Every family that may share: to 1e-5 in scores, loss and gradients, where scores vary by 0.1 and more."""
     assert set(FAMILIES) == shared_prompt.MODEL_TYPES
     model, items = scalar_model(family), random_items()
@@ -210,7 +199,7 @@ def test_shared_prompts_give_the_scores_and_gradients_of_one_row_a_completion(la
     torch.testing.assert_close(again, plain, rtol=0, atol=1e-6)
 
 
-def test_gradient_checkpointing_of_shared_prompts(layout):
+def test_gradient_checkpointing_of_shared_prompts():
     model, items = scalar_model("gpt2").train(), random_items()
     shared_prompt.enable(model)
     _, _, expected = scores_and_gradients(model, items, share=True)
@@ -248,6 +237,22 @@ def test_padded_rows_come_in_batches_of_like_length(tmp_path, starts):
     rows = random.Random(0).sample(trainer.train_dataset.rows, 160)
     assert padding(trainer.data_collator(rows[k : k + 4]) for k in range(0, 160, 4)) > 0.2
     assert padding(trainer.get_train_dataloader()) < 0.12
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_shared_prompts_come_in_batches_of_like_length_where_that_is_asked_for(tmp_path, starts, strategy):
+    tiny.published(tmp_path, "sft")
+    records = tiny.comparisons(160, sizes=[2])
+    for i, record in enumerate(records):
+        record["completions"] = [text + " mill" * (i % 20) for text in record["completions"]]
+    arguments = {"train_sampling_strategy": strategy}
+    reward.run(tiny.reward_args(tmp_path, records, max_steps=1, training_arguments=arguments))
+    trainer, _ = starts[0]
+    lengths = [batch["lengths"][:, :3] for batch in trainer.get_train_dataloader()]
+    assert sum(len(batch) for batch in lengths) == len(trainer.train_dataset)  # each prompt once
+    longest = [batch[:, 0] + batch[:, 1:].max(dim=1).values for batch in lengths]
+    spread = sum(float(batch.max() - batch.min()) for batch in longest) / len(longest)
+    assert (spread < 3) == (strategy == "group_by_length"), spread
 
 
 def test_comparisons_that_are_all_ties(tmp_path):

@@ -680,3 +680,36 @@ def test_make_launches_the_script_with_what_it_is_given(target, script):
         *("env/bin/accelerate", "launch", "--quiet", "--num_processes", "1", f"scripts/{script}.py"),
         *("--config", "a.yaml", "--run_name", "hh", "--seed", "3"),
     ]
+
+
+@pytest.mark.parametrize("stage", [sft, reward])
+def test_batches_of_like_length_are_the_same_after_a_resume_in_a_later_epoch(tmp_path, monkeypatch, stage):
+    tiny.published(tmp_path, "base", "sft")
+    make, records = {
+        sft: (tiny.sft_args, tiny.demonstrations(12)),
+        reward: (tiny.reward_args, tiny.comparisons(12)),
+    }[stage]
+    grouped = {"train_sampling_strategy": "group_by_length"}
+    how = {"max_steps": -1, "num_train_epochs": 3, "save_steps": 1, "per_device_train_batch_size": 2}
+    args = make(tmp_path, records, training_arguments=grouped, eval_fraction=0.0, **how)
+    orders, draw = [], training.LikeLengths.__iter__
+    monkeypatch.setattr(
+        training.LikeLengths, "__iter__", lambda self: iter(orders.append(list(draw(self))) or orders[-1])
+    )
+    whole, first = stage.run(args), list(orders)
+    assert len(first) == 3 and len(set(map(tuple, first))) == 3  # each epoch its own
+    keep = training.MarkComplete.on_step_end
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == 9:  # in the second epoch of six steps
+            raise KeyboardInterrupt
+        return keep(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(training.MarkComplete, "on_step_end", stop)
+    with pytest.raises(KeyboardInterrupt):
+        stage.run(args)
+    monkeypatch.setattr(training.MarkComplete, "on_step_end", keep)
+    orders.clear()
+    resumed = stage.run(dataclasses.replace(args, resume_from_checkpoint="latest"))
+    assert orders[-2:] == first[1:]
+    assert resumed.weights_sha256 == whole.weights_sha256

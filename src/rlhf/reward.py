@@ -23,8 +23,8 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 from transformers import EarlyStoppingCallback, Trainer, set_seed
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from rlhf import adapters, reward_report, shared_prompt
 from rlhf.config import RewardArgs
@@ -52,6 +52,7 @@ from rlhf.objectives import (
 )
 from rlhf.registry import Artifact
 from rlhf.training import (
+    LikeLengths,
     MarkComplete,
     Rows,
     TrainingError,
@@ -348,13 +349,19 @@ class RewardTrainer(Trainer):
             )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Batches of like length where rows are padded; where nothing is padded, batches are plainly random."""
+        """Batches of like length where rows are padded, and where they are asked for; otherwise they are plainly random."""
         rows = self.train_dataset if train_dataset is None else train_dataset
-        if getattr(self.data_collator, "share_prompt", True) or not isinstance(rows, Rows):
+        asked = self.args.train_sampling_strategy == "group_by_length" or not getattr(
+            self.data_collator, "share_prompt", True
+        )
+        if not asked or not isinstance(rows, Rows):
             return super()._get_train_sampler(train_dataset)
         longest = [len(item["prompt"]) + max(map(len, item["completions"])) for item in rows.rows]
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(size, lengths=longest)
+        return LikeLengths(self, longest)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """In the order of the data, whatever training does: predictions are read by their place."""
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The step's batches, and the number of their prompts that have a pair, over all processes.

@@ -40,6 +40,7 @@ from rlhf.models import (
 )
 from rlhf.registry import Artifact, Registry
 from rlhf.training import (
+    LikeLengths,
     MarkComplete,
     OnceAnEpoch,
     TrainingError,
@@ -265,6 +266,12 @@ class CompletionTrainer(OnceAnEpoch, SFTTrainer):
     SFTTrainer's, a sum over trained tokens divided by their number in the optimiser step; a packed row, and a model that always
     unembeds everything, take SFTTrainer's own way.
     """
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        return LikeLengths(self, [len(ids) for ids in rows["input_ids"]])
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

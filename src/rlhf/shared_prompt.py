@@ -2,9 +2,8 @@
 
 All prompts of a batch lie in one row, each followed by its completions: every token passes the layers once, a prompt once for
 its K completions, and nothing is padding. Attention is what tells sequences apart: a prompt sees itself, a completion sees
-its prompt and itself. No [L, L] mask of the row is ever made. On a CPU attention runs prompt by prompt, without a padded key; on
-a GPU, where starting so many small kernels would take longer than they run, all prompts of the row are attended to in one padded
-call, and all completions in another.
+its prompt and itself. No [L, L] mask of the row is ever made: all prompts of the row are attended to in one call, padded to the
+longest, and all completions in another. Calls of their own for each prompt take longer to start than to run.
 
 It is an implementation of transformers' attention interface, by the name `rlhf_shared_prompt`. Without a layout it is `sdpa`.
 """
@@ -30,23 +29,7 @@ MODEL_TYPES = {"gpt2", "opt", "gpt_neox", "llama", "qwen2", "qwen3"}
 
 
 @dataclass(frozen=True)
-class Group:
-    """`prompt` tokens of the row, and behind them the `tokens` that the K completions have together.
-
-    own [K, T]: the places of each completion's tokens among those, padded with its last one.
-    real [tokens]: where they are in the flattened [K, T]; by number, since a mask would make a GPU wait in every layer.
-    mask [T, prompt + T]: what the t-th token of a completion sees of the prompt and of its own tokens.
-    """
-
-    prompt: int
-    tokens: int
-    own: Tensor
-    real: Tensor
-    mask: Tensor
-
-
-@dataclass(frozen=True)
-class Block:
+class Layout:
     """All B prompts of the row and their N completions, padded to the longest; padding repeats a last token, and is never seen.
 
     prompts [B, P], completions [N, T]: places in the row. whose [N, B]: 1 where a completion answers a prompt.
@@ -61,18 +44,8 @@ class Block:
     back: Tensor
 
 
-Layout = list[Group] | Block
-
-
 def layout(prompts: Sequence[int], completions: Sequence[Sequence[int]], device: torch.device) -> Layout:
     """Where everything is in a row of prompts (their lengths), each with its completions (theirs) behind it."""
-    if device.type == "cuda":
-        return block(prompts, completions, device)
-    return groups_of(prompts, completions, device)
-
-
-def block(prompts: Sequence[int], completions: Sequence[Sequence[int]], device: torch.device) -> Block:
-    """The layout for one call for all prompts, and one for all completions."""
     whose = torch.tensor([i for i, lengths in enumerate(completions) for _ in lengths])
     p, c = torch.tensor(prompts), torch.tensor([length for lengths in completions for length in lengths])
     # In the row each prompt is followed by its completions: lengths in that order, and from them where each part begins.
@@ -91,20 +64,7 @@ def block(prompts: Sequence[int], completions: Sequence[Sequence[int]], device: 
     back = torch.cat([p_place[p_real], c_place[c_real]]).argsort()
     back = torch.cat([p_real.flatten(), c_real.flatten()]).nonzero().squeeze(1)[back]
     one_hot = torch.nn.functional.one_hot(whose, len(p)).float()
-    return Block(*(tensor.to(device) for tensor in (p_place, c_place, one_hot, mask, back)))
-
-
-def groups_of(prompts: Sequence[int], completions: Sequence[Sequence[int]], device: torch.device) -> list[Group]:
-    """The layout for a call for each prompt, and one for its completions."""
-    groups = []
-    for prompt, lengths in zip(prompts, completions):
-        length = torch.tensor(lengths)
-        step = torch.arange(int(length.max()))
-        own = (length.cumsum(0) - length)[:, None] + torch.minimum(step, length[:, None] - 1)
-        real = (step < length[:, None]).flatten().nonzero().squeeze(1)
-        mask = torch.ones(len(step), prompt + len(step), dtype=torch.bool).tril(prompt)
-        groups.append(Group(prompt, sum(lengths), own.to(device), real.to(device), mask.to(device)))
-    return groups
+    return Layout(*(tensor.to(device) for tensor in (p_place, c_place, one_hot, mask, back)))
 
 
 def attend(
@@ -126,25 +86,10 @@ def attend(
         )
     repeats = getattr(module, "num_key_value_groups", 1)
     key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
-    if isinstance(rankings, Block):
-        return _attend_at_once(query, key, value, rankings, scaling), None
-    # Split once: the backward of a slice would fill a tensor of the whole row for each prompt.
-    sizes = [size for group in rankings for size in (group.prompt, group.tokens)]
-    pieces = list(zip(*(tensor[0].transpose(0, 1).split(sizes) for tensor in (query, key, value))))
-    parts = []
-    for group, prompt, completions in zip(rankings, pieces[::2], pieces[1::2]):
-        q, *before = (tensor.transpose(0, 1)[None] for tensor in prompt)  # [1, H, P, D]
-        if group.prompt:
-            seen = scaled_dot_product_attention(q, before[0], before[1], is_causal=True, scale=scaling)
-            parts.append(seen[0].transpose(0, 1))
-        q, k, v = (tensor[group.own].transpose(1, 2) for tensor in completions)  # [K, H, T, D]
-        k, v = (torch.cat([b.expand(len(own), -1, -1, -1), own], dim=2) for b, own in zip(before, (k, v)))
-        seen = scaled_dot_product_attention(q, k, v, attn_mask=group.mask, scale=scaling)
-        parts.append(seen.transpose(1, 2).flatten(0, 1)[group.real])
-    return torch.cat(parts)[None], None
+    return _attend_at_once(query, key, value, rankings, scaling), None
 
 
-def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, rows: Block, scaling: float | None) -> Tensor:
+def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, rows: Layout, scaling: float | None) -> Tensor:
     """query, key, value [1, H, L, D] -> [1, L, H, D]."""
     tensors = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [L, H, D]
 

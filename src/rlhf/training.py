@@ -24,6 +24,7 @@ from datasets import Dataset
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import IntervalStrategy
 
 from rlhf import RLHFError, adapters, card, curves, hub
@@ -520,6 +521,24 @@ class MarkComplete(TrainerCallback):
             work = Path(args.output_dir)
             mark_complete(work / f"checkpoint-{state.global_step}")
             keep_newest(work, self.keep, best=state.best_model_checkpoint)
+
+
+class LikeLengths(LengthGroupedSampler):
+    """Rows of like length together, in an order that depends on seed and epoch alone: transformers' own sampler begins a resumed
+    epoch with the first epoch's order."""
+
+    def __init__(self, trainer: Any, lengths: Sequence[int]):
+        args = trainer.args
+        super().__init__(args.train_batch_size * args.gradient_accumulation_steps, lengths=list(lengths))
+        self.seed, self.epoch = args.seed if args.data_seed is None else args.data_seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called at each epoch's beginning."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 
 class OnceAnEpoch:
