@@ -59,8 +59,9 @@ def run(args: PretrainArgs) -> Artifact | None:
         set_seed(args.seed)
         # Blocks are held out, not documents: one document may be the whole text.
         text, _ = load_splits(args, "text", eval_fraction=0.0)
-        tokenizer = make_tokenizer(args, text["text"])
-        train, held_out = token_blocks(args, tokenizer, text["text"])
+        texts = text["text"][:]
+        tokenizer = make_tokenizer(args, texts)
+        train, held_out = token_blocks(args, tokenizer, texts)
         model = AutoModelForCausalLM.from_config(model_config(args, tokenizer))
         if args.torch_compile:
             compile_layers(model)

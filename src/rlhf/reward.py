@@ -75,6 +75,7 @@ from rlhf.training import (
 MAX_K = 9
 ABSENT = -100  # rank of a completion that is not there
 LABELS = ("ranks", "learned", "ratings")  # of a batch: what the model does not take
+FIGURES = "evaluation"  # folder beside the weights
 HEADS = "heads.safetensors"  # beside the weights of an ensemble: weight [M, H] and bias [M] of each of its heads
 
 
@@ -132,7 +133,7 @@ def run(args: RewardArgs) -> Artifact | None:
             models={"here": model},
         )
         if artifact is not None and report is not None:
-            reward_report.write(report, registry.evals_dir(artifact))
+            reward_report.write(report, registry.evals_dir(artifact), drawn=artifact.path / FIGURES)
     return push_published(args, artifact)
 
 
@@ -142,7 +143,7 @@ def _save(save: Any, ensemble: dict[str, Tensor], report: dict[str, Any] | None,
     if folder is not None and ensemble:
         save_file(ensemble, folder / HEADS)
     if folder is not None and report is not None:
-        reward_report.draw(report, folder / "evaluation")
+        reward_report.draw(report, folder / FIGURES)
 
 
 def _keep_the_best(args: RewardArgs) -> dict[str, Any]:

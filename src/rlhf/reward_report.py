@@ -415,13 +415,19 @@ def summary(report: Mapping[str, Any]) -> dict[str, Any]:
 # --- files
 
 
-def write(report: Mapping[str, Any], folder: Path, name: str = "rm") -> Path:
-    """`<name>.json` and its figures in `folder`, whole or not at all; what was there of this name is replaced."""
+def write(report: Mapping[str, Any], folder: Path, name: str = "rm", drawn: Path | None = None) -> Path:
+    """`<name>.json` and its figures in `folder`, whole or not at all; what was there of this name is replaced.
+
+    drawn: a folder that has the figures already.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{name}-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        draw(report, partial, name)
+        if drawn is None:
+            draw(report, partial, name)
+        else:
+            shutil.copytree(drawn, partial)
         (partial / f"{name}.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         for path in sorted(partial.iterdir()):
             path.replace(folder / path.name)

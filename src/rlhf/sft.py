@@ -268,7 +268,7 @@ class CompletionTrainer(OnceAnEpoch, SFTTrainer):
     """
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        rows = self.train_dataset if train_dataset is None else train_dataset
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         return LikeLengths(self, [len(ids) for ids in rows["input_ids"]])
