@@ -9,6 +9,9 @@ import sys
 import time
 
 import pytest
+import torch
+from accelerate import PartialState
+from accelerate.utils.other import clean_state_dict_for_safetensors
 
 from rlhf import __version__, cli
 from rlhf.registry import Registry
@@ -87,6 +90,17 @@ def test_libraries_do_not_report_what_a_command_does_not_need(registry, monkeypa
     monkeypatch.setattr(logging.getLogger("bitsandbytes"), "level", logging.NOTSET)
     assert cli.main(["registry", "ls", "--root", str(registry.root)]) == 0
     assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
+
+
+def test_saving_tied_weights_is_no_news(caplog):
+    PartialState()
+    tied = torch.zeros(2)
+    clean_state_dict_for_safetensors({"head": tied, "embeddings": tied})
+    assert "Removed shared tensor" in caplog.text
+    caplog.clear()
+    cli.silence_libraries()
+    clean_state_dict_for_safetensors({"head": tied, "embeddings": tied})
+    assert not caplog.records
 
 
 def test_what_is_no_mistake_of_the_user_keeps_its_traceback(registry, monkeypatch):

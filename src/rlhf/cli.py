@@ -99,12 +99,17 @@ def _prepare_demo(stage: str) -> None:
 
 
 def silence_libraries() -> None:
-    """Keeps libraries from reporting, once a process, what this machine does not have and the run does not need."""
+    """Keeps libraries from reporting what a machine lacks and the run does not need, and how tied weights are saved."""
     for name in ("bitsandbytes", "DeepSpeed", "torch.distributed.elastic"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("accelerate.utils.other").addFilter(_is_news)
     warnings.filterwarnings(
         "ignore", "`torch.distributed", FutureWarning
     )  # what DeepSpeed calls, once a call and process
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "Removed shared tensor" not in record.getMessage()
 
 
 def build_parser() -> argparse.ArgumentParser:

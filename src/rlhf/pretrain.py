@@ -189,7 +189,8 @@ def token_blocks(args: PretrainArgs, tokenizer: Any, texts: list[str]) -> tuple[
         ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(args.seed))]
     cut = max(1, len(ids) - round(args.eval_fraction * len(ids)))
     labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)
-    rows = [{"input_ids": block, "labels": learned} for block, learned in zip(ids, labels)]
+    seen = torch.ones(args.block_size, dtype=torch.long)  # padding lies behind the text, which never looks there
+    rows = [{"input_ids": block, "attention_mask": seen, "labels": learned} for block, learned in zip(ids, labels)]
     return Rows(rows[:cut]), Rows(rows[cut:])
 
 
