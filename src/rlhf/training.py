@@ -305,6 +305,7 @@ def work_folder(args: StageArgs, registry: Registry, stage: str) -> Iterator[tup
         say(f"resuming after {'rollout' if stage == 'ppo' else 'step'} {step_of(resume)} from {resume}")
     if not is_main():
         yield folder, resume
+        synchronise()  # a next run in this process must not find a folder that is just going
         return
     with _locked(folder):
         if resume is None:
@@ -320,6 +321,7 @@ def work_folder(args: StageArgs, registry: Registry, stage: str) -> Iterator[tup
             raise
         # Under the lock: after it, the folder may be another launch's already.
         _remove(folder, registry.root)
+    synchronise()
 
 
 def _remove(folder: Path, root: Path) -> None:
