@@ -85,27 +85,22 @@ def attend(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     repeats = getattr(module, "num_key_value_groups", 1)
-    key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
-    return _attend_at_once(query, key, value, rankings, scaling), None
-
-
-def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, rows: Layout, scaling: float | None) -> Tensor:
-    """query, key, value [1, H, L, D] -> [1, L, H, D]."""
-    tensors = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [L, H, D]
+    whole = (query, repeat_kv(key, repeats), repeat_kv(value, repeats))
+    tensors = [tensor[0].transpose(0, 1) for tensor in whole]  # [L, H, D]
 
     def at(places: Tensor) -> list[Tensor]:
         """3 x [rows, H, width, D]; gradients of what is repeated are 0, never added up."""
         return [t.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2) for t in tensors]
 
-    q, *before = at(rows.prompts)
+    q, *before = at(rankings.prompts)
     of_prompts = scaled_dot_product_attention(q, before[0], before[1], is_causal=True, scale=scaling)
-    q, *own = at(rows.completions)
+    q, *own = at(rankings.completions)
     # A prompt's keys for each of its completions, by a product whose backward pass adds them up in float32.
-    spread = [(rows.whose.to(b.dtype) @ b.flatten(1)).unflatten(1, b.shape[1:]) for b in before]
+    spread = [(rankings.whose.to(b.dtype) @ b.flatten(1)).unflatten(1, b.shape[1:]) for b in before]
     k, v = (torch.cat(pair, dim=2) for pair in zip(spread, own))
-    of_completions = scaled_dot_product_attention(q, k, v, attn_mask=rows.mask, scale=scaling)
+    of_completions = scaled_dot_product_attention(q, k, v, attn_mask=rankings.mask, scale=scaling)
     found = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in (of_prompts, of_completions)])
-    return found.index_select(0, rows.back)[None]
+    return found.index_select(0, rankings.back)[None], None
 
 
 AttentionInterface.register(NAME, attend)
