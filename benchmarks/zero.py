@@ -1,10 +1,10 @@
-"""Seconds a step of SFT, RM and PPO: two processes under ZeRO 2 and ZeRO 3 beside one process.
+"""Seconds a step of SFT, RM and PPO: two processes under DDP, ZeRO 2 and ZeRO 3 beside one process.
 
-    python benchmarks/zero.py                  # three rounds of one process, ZeRO 2, ZeRO 3; some minutes
+    python benchmarks/zero.py                  # three rounds of one process, DDP, ZeRO 2, ZeRO 3; some minutes
     python benchmarks/zero.py --rounds 5 --stages ppo --profile
 
-The model and the batches are those of the demo's recipes (configs/*/demo.yaml). Texts are random words of about the demo's
-lengths, the weights are random: what is learned does not matter to the time.
+The model and the batches are those of the demo's recipes (configs/*/demo.yaml), with AdamW. Texts are random words of about the
+demo's lengths, the weights are random: what is learned does not matter to the time.
 
 The global batch is the same everywhere, and so are the threads: one process has as many as the two have together. Start-up and
 the first steps of each stage are left out. Launches alternate, so that what else the machine does falls on all; the table has the
@@ -28,7 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("sft", "reward", "ppo")
-LAUNCHES = {"one": 1, "zero2": 2, "zero3": 2}
+LAUNCHES = {"one": 1, "cpu_ddp": 2, "zero2": 2, "zero3": 2}
 LEFT_OUT = {"sft": 3, "reward": 2, "ppo": 1}  # steps of the start: allocations, DeepSpeed's first trace
 
 
@@ -86,6 +86,7 @@ def launch(args: argparse.Namespace, name: str, folder: Path, out: Path) -> None
     threads = str(max(1, args.threads // processes))
     env = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
     env |= {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    env |= {"ACCELERATE_USE_CPU": "true"} if name == "cpu_ddp" else {}
     done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr[-4000:]}")
@@ -189,6 +190,7 @@ def prepare(folder: Path, episodes: int) -> None:
     for stage in STAGES:
         values = {**yaml_of(stage), **changes[stage], "dataset_name": str(folder / f"{names[stage]}.jsonl")}
         values["disable_tqdm"] = True
+        values["optim"] = "adamw_torch"  # the recipes' Muon needs whole matrices
         (folder / f"{stage}.json").write_text(json.dumps(values))
 
 

@@ -126,6 +126,7 @@ def collect_comparisons(demo: Demo) -> float:
         [K] * len(records),
         response_length=RESPONSE_LENGTH,
         seed=demo.seed + SAMPLE_SEED,
+        batch_size=512,
         shown_as="sampling",
     )
     labelers = make_labelers(demo)

@@ -176,34 +176,36 @@ class BagOfWords:
     """A Bradley-Terry model on the word counts of an answer, fitted to the same rankings as the reward model."""
 
     def __init__(self, comparisons: Sequence[dict], steps: int = 200):
-        words = {w for c in comparisons for text in c["completions"] for w in text.split()}
-        self.index = {word: i for i, word in enumerate(sorted(words))}
-        better, worse = [], []
+        texts = [text for c in comparisons for text in c["completions"]]
+        self.index = {word: i for i, word in enumerate(sorted({w for text in texts for w in text.split()}))}
+        pairs, start = [], 0
         for c in comparisons:
-            bags = [self.bag(text) for text in c["completions"]]
-            for i, a in enumerate(c["ranks"]):
-                for j, b in enumerate(c["ranks"]):
+            for i, a in enumerate(c["ranks"], start):
+                for j, b in enumerate(c["ranks"], start):
                     if a < b:
-                        better.append(bags[i])
-                        worse.append(bags[j])
-        gaps = torch.stack(better) - torch.stack(worse) if better else torch.zeros(1, len(self.index))
+                        pairs.append((i, j))
+            start += len(c["ranks"])
+        better, worse = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
+        bags = self.bags(texts)
         self.weight = torch.zeros(len(self.index), requires_grad=True)
         optimizer = torch.optim.Adam([self.weight], lr=0.05)
-        for _ in range(steps):
+        for _ in range(steps if pairs else 0):
             optimizer.zero_grad()
-            loss = torch.nn.functional.softplus(-gaps @ self.weight).mean() + 1e-4 * self.weight.square().sum()
+            scores = bags @ self.weight
+            gaps = scores.index_select(0, better) - scores.index_select(0, worse)
+            loss = torch.nn.functional.softplus(-gaps).mean() + 1e-4 * self.weight.square().sum()
             loss.backward()
             optimizer.step()
 
-    def bag(self, text: str) -> torch.Tensor:
-        counts = torch.zeros(len(self.index))
-        for word in text.split():
-            if word in self.index:
-                counts[self.index[word]] += 1
-        return counts
+    def bags(self, texts: Sequence[str]) -> torch.Tensor:
+        """How often each known word is in each text [N, words]."""
+        places = [(row, self.index[w]) for row, text in enumerate(texts) for w in text.split() if w in self.index]
+        counts = torch.zeros(len(texts), len(self.index))
+        rows, columns = torch.tensor(places, dtype=torch.long).reshape(-1, 2).T
+        return counts.index_put_((rows, columns), torch.ones(len(places)), accumulate=True)
 
     def scores(self, completions: Sequence[str]) -> list[float]:
-        return [float(self.bag(text) @ self.weight.detach()) for text in completions]
+        return (self.bags(completions) @ self.weight.detach()).tolist()
 
 
 def pick_examples(records: Sequence[dict], answers: dict, scores: dict) -> list[dict[str, Any]]:

@@ -18,11 +18,10 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers.cache_utils import DynamicLayer
 
 from rlhf import RLHFError
 from rlhf.data.encode import batches, decode_completions, pad
-from rlhf.decoding import Decoder, can_preallocate
+from rlhf.decoding import Decoder, can_preallocate, growing_cache, select_rows
 from rlhf.engine import together
 from rlhf.models import accepts, eagerly, logprobs_at, values_at
 from rlhf.rewards import Episodes, Reward, weighted
@@ -175,6 +174,9 @@ def distinct_prompts(prompts: Sequence[Sequence[int]]) -> tuple[list[Sequence[in
     return list(places), of
 
 
+KEPT = 0.8  # of a batch goes on, or more: then nothing is copied to do without those that have ended
+
+
 @torch.no_grad()
 def generate(
     policy: Any,
@@ -189,7 +191,7 @@ def generate(
     """One response for each prompt: token ids with their EOS, and whether they ended within the limit.
 
     draws [B, T]: a uniform number for each response position; T is the limit. banned: ids that are never sampled.
-    Sequences that have ended leave the batch and its cache. A prompt that is there several times is read once.
+    Sequences that have ended leave the batch and its cache, some at a time. A prompt that is there several times is read once.
     """
     device = policy.device
     distinct, of = distinct_prompts(prompts)
@@ -199,41 +201,33 @@ def generate(
     ended = [False] * len(prompts)
     alive = torch.arange(len(prompts), device=device)
     extra: dict[str, Any] = {"logits_to_keep": 1} if accepts(policy, "logits_to_keep") else {}
-    with_positions, cache = accepts(policy, "position_ids"), None
+    with_positions, cache = accepts(policy, "position_ids"), growing_cache(policy)
     position = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
     for t in range(draws.shape[1]):
         if with_positions:
             extra["position_ids"] = position
         output = policy(input_ids=ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True, **extra)
-        cache, logits = output.past_key_values, output.logits[:, -1].index_fill(-1, banned, float("-inf"))
+        logits = output.logits[:, -1].index_fill(-1, banned, float("-inf"))
         if t == 0 and len(distinct) < len(prompts):
             rows = torch.tensor(of, device=device)
             select_rows(cache, rows)
             logits, mask, position = logits[rows], mask[rows], position[rows]
         token = sample(logits, draws[alive, t], temperature)
         for row, value in zip(alive.tolist(), token.tolist()):
-            responses[row].append(value)
-            ended[row] = value == eos_token_id
-        going_on = token != eos_token_id
-        if not going_on.any():
+            if not ended[row]:
+                responses[row].append(value)
+                ended[row] = value == eos_token_id
+        going_on = torch.tensor([not ended[row] for row in alive.tolist()], device=device)
+        left = int(going_on.sum())
+        if not left:
             break
         position = position[:, -1:] + 1
-        if not going_on.all():
+        if left <= KEPT * len(alive):
             keep = going_on.nonzero().squeeze(-1)
             select_rows(cache, keep)
             alive, mask, position, token = alive[keep], mask[keep], position[keep], token[keep]
         ids, mask = token[:, None], torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
     return responses, ended
-
-
-def select_rows(cache: Any, rows: Tensor) -> None:
-    """`cache.batch_select_indices(rows)`, which indexes; on a CPU `index_select` copies whole rows in a fifth of the time."""
-    for layer in cache.layers:
-        if type(layer) is DynamicLayer:
-            assert layer.keys is not None and layer.values is not None
-            layer.keys, layer.values = layer.keys.index_select(0, rows), layer.values.index_select(0, rows)
-        else:
-            layer.batch_select_indices(rows)
 
 
 CHECK_EVERY = 16  # tokens between two looks at which sequences have ended, each of which waits for the GPU
