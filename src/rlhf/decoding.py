@@ -33,6 +33,7 @@ class Growing(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.buffers = [states.new_empty(0, 0, 0, 0) for states in (key_states, value_states)]
+        assert self.keys is not None and self.values is not None
         before = self.get_seq_length()
         after = before + key_states.shape[-2]
         if after > self.buffers[0].shape[-2]:
@@ -65,7 +66,7 @@ def growing_cache(policy: Any) -> Cache:
     return cache
 
 
-def select_rows(cache: Cache, rows: Tensor) -> None:
+def select_rows(cache: Any, rows: Tensor) -> None:
     """`cache.batch_select_indices(rows)`, which indexes; on a CPU `index_select` copies whole rows in a fifth of the time."""
     for layer in cache.layers:
         if isinstance(layer, Growing):
