@@ -12,10 +12,11 @@ from test_rollout import (  # noqa: F401  (fixtures)
 )
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, MistralConfig
+from transformers.cache_utils import DynamicLayer
 
 from rlhf import rollout
 from rlhf.data.encode import encode_prompts, pad
-from rlhf.decoding import Decoder, can_preallocate
+from rlhf.decoding import ROOM, Decoder, Growing, can_preallocate
 from rlhf.models import banned_ids
 from rlhf.rollout import generate, generate_in_place, uniforms
 
@@ -25,6 +26,46 @@ def both(setup, prompts, temperature=1.0, limit=LIMIT):  # noqa: F811
     ends = {"eos_token_id": setup.tokenizer.eos_token_id, "pad_token_id": setup.tokenizer.pad_token_id}
     given = {"temperature": temperature, "banned": setup.banned, **ends}
     return [decode(setup.policy, prompts, draws, **given) for decode in (generate, generate_in_place)]
+
+
+def test_a_growing_layer_holds_what_transformers_own_does():
+    """Over a prompt, single tokens until the room has been used up twice, several at once, and rows that leave and come twice."""
+    generator = torch.Generator().manual_seed(0)
+    layers, rows, buffers = (Growing(), DynamicLayer()), 3, {}
+    for t, width in enumerate([5] + [1] * (2 * ROOM + 3) + [4, 1]):
+        new = [torch.randn(rows, 2, width, 8, generator=generator) for _ in range(2)]
+        for ours, theirs in zip(*(layer.update(*new) for layer in layers)):
+            assert torch.equal(ours, theirs)
+        assert layers[0].get_seq_length() == layers[1].get_seq_length()
+        buffers[id(layers[0].buffers[0])] = layers[0].buffers[0]  # kept, so that no other gets its id
+        chosen = {3: [2, 0, 0, 1], 20: [3, 1]}.get(t)
+        if chosen:
+            layers[0].select(torch.tensor(chosen))
+            layers[1].batch_select_indices(torch.tensor(chosen))
+            rows = len(chosen)
+    assert (
+        len(buffers) == 5
+    )  # of 21 columns, and by the first choice; of 38 when these are full, and by the second; of 55
+
+
+def test_sequences_that_have_ended_leave_when_they_are_a_fifth_of_the_batch(mortal):  # noqa: F811
+    prompts, seen = mortal.prompts * 5, []
+    draws = torch.stack([uniforms(3, 0, i, LIMIT) for i in range(len(prompts))])
+    hook = mortal.policy.register_forward_pre_hook(
+        lambda *given: seen.append(len(given[2]["input_ids"])), with_kwargs=True
+    )
+    try:
+        ends = {"eos_token_id": mortal.tokenizer.eos_token_id, "pad_token_id": mortal.tokenizer.pad_token_id}
+        answers, _ = generate(mortal.policy, prompts, draws, temperature=1.0, banned=mortal.banned, **ends)
+    finally:
+        hook.remove()
+    size, expected, stayed = len(prompts), [len(mortal.prompts)], False
+    for t in range(1, max(map(len, answers))):
+        going_on = sum(len(answer) > t for answer in answers)
+        size = going_on if going_on <= 0.8 * size else size
+        stayed |= going_on < size
+        expected.append(size)
+    assert seen == expected and stayed and len(set(seen[1:])) >= 3
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])

@@ -143,6 +143,19 @@ def test_the_bag_of_words_learns_a_word():
     assert good > bad
 
 
+def test_the_bag_of_words_counts_words_and_takes_each_prompt_s_own_answers():
+    """ "b" wins over "a" and "d" over "c"; were the second prompt's pair taken from the first's answers, "d" would stay at 0."""
+    comparisons = [
+        {"completions": [" a", " b", " a"], "ranks": [2, 1, 2]},
+        {"completions": [" c", " d"], "ranks": [2, 1]},
+    ]
+    model = BagOfWords(comparisons)
+    assert model.bags([" a a d", " z", ""]).tolist() == [[2, 0, 0, 1], [0] * 4, [0] * 4]
+    a, b, c, d, none = model.scores([" a", " b", " c", " d", " z"])
+    assert min(b, d) > 1 and max(a, c) < -1 and none == 0
+    assert BagOfWords([{"completions": [" a", " b"], "ranks": [1, 1]}]).scores([" a", " b"]) == [0, 0]
+
+
 @pytest.mark.slow
 def test_a_script_without_arguments_runs_the_demo_s_recipe(tmp_path):
     """From nothing: the world is written first, and the stage publishes what its recipe says."""

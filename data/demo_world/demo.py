@@ -126,7 +126,7 @@ def collect_comparisons(demo: Demo) -> float:
         [K] * len(records),
         response_length=RESPONSE_LENGTH,
         seed=demo.seed + SAMPLE_SEED,
-        batch_size=512,
+        batch_size=512,  # fewer and larger steps: in small ones most is launching
         shown_as="sampling",
     )
     labelers = make_labelers(demo)

@@ -1,6 +1,7 @@
-"""One token at a time on a GPU: keys and values in tensors of their final size, and each step replayed as one CUDA graph.
+"""One token at a time: keys and values that are not copied for each token, and on a GPU each step replayed as one CUDA graph.
 
-A step of a small model is some hundred kernels of a few microseconds each: launched one by one from Python they take several
+On a CPU they grow by some tokens at once, and lose the rows of sequences that have ended. On a GPU they have their final size: a
+step of a small model is some hundred kernels of a few microseconds each, and launched one by one from Python they take several
 times as long as they run. With nothing that grows a step is the same work at each token: it is recorded once and replayed.
 """
 
@@ -17,10 +18,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from rlhf.models import PLAIN_UNEMBEDDING, accepts
 from rlhf.unembed import low_precision_of, lowered, product
 
-MULTIPLE = 8  # columns of the cache: attention kernels want masks of whole lines
-
-
-ROOM = 16  # tokens that a cache which grows has place for, when it is full
+MULTIPLE = 8  # columns of a preallocated cache: attention kernels want masks of whole lines
+ROOM = 16  # columns that a growing cache gets when it is full
 
 
 class Growing(DynamicLayer):
@@ -32,20 +31,15 @@ class Growing(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.buffers = [states.new_empty(0, 0, 0, 0) for states in (key_states, value_states)]
-        assert self.keys is not None and self.values is not None
+            self.buffers = [states[:, :, :0] for states in (key_states, value_states)]
         before = self.get_seq_length()
         after = before + key_states.shape[-2]
-        if after > self.buffers[0].shape[-2]:
-            self.buffers = [
-                torch.cat([kept, states, states.new_zeros(*states.shape[:2], ROOM, states.shape[-1])], dim=-2)
-                if before
-                else torch.nn.functional.pad(states, (0, 0, 0, ROOM))
-                for kept, states in ((self.keys, key_states), (self.values, value_states))
-            ]
-        else:
-            for buffer, states in zip(self.buffers, (key_states, value_states)):
-                buffer[:, :, before:after] = states
+        for i, states in enumerate((key_states, value_states)):
+            if after > self.buffers[i].shape[-2]:
+                room = states.new_zeros(*states.shape[:2], ROOM, states.shape[-1])
+                self.buffers[i] = torch.cat([self.buffers[i][:, :, :before], states, room], dim=-2)
+            else:
+                self.buffers[i][:, :, before:after] = states
         return self._show(after)
 
     def select(self, rows: Tensor) -> None:

@@ -174,7 +174,7 @@ def distinct_prompts(prompts: Sequence[Sequence[int]]) -> tuple[list[Sequence[in
     return list(places), of
 
 
-KEPT = 0.8  # of a batch goes on, or more: then nothing is copied to do without those that have ended
+KEPT = 0.8  # the share of a batch above which sequences that have ended stay in it: to go on without them is a copy of the rest
 
 
 @torch.no_grad()
@@ -191,7 +191,8 @@ def generate(
     """One response for each prompt: token ids with their EOS, and whether they ended within the limit.
 
     draws [B, T]: a uniform number for each response position; T is the limit. banned: ids that are never sampled.
-    Sequences that have ended leave the batch and its cache, some at a time. A prompt that is there several times is read once.
+    Sequences that have ended leave the batch and its cache when they are a fifth of it. A prompt that is there several times is
+    read once.
     """
     device = policy.device
     distinct, of = distinct_prompts(prompts)
@@ -200,6 +201,7 @@ def generate(
     responses: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
     alive = torch.arange(len(prompts), device=device)
+    going_on = torch.ones_like(alive, dtype=torch.bool)
     extra: dict[str, Any] = {"logits_to_keep": 1} if accepts(policy, "logits_to_keep") else {}
     with_positions, cache = accepts(policy, "position_ids"), growing_cache(policy)
     position = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
@@ -217,7 +219,7 @@ def generate(
             if not ended[row]:
                 responses[row].append(value)
                 ended[row] = value == eos_token_id
-        going_on = torch.tensor([not ended[row] for row in alive.tolist()], device=device)
+        going_on &= token != eos_token_id
         left = int(going_on.sum())
         if not left:
             break
@@ -225,7 +227,8 @@ def generate(
         if left <= KEPT * len(alive):
             keep = going_on.nonzero().squeeze(-1)
             select_rows(cache, keep)
-            alive, mask, position, token = alive[keep], mask[keep], position[keep], token[keep]
+            alive, going_on, mask = alive[keep], going_on[keep], mask[keep]
+            position, token = position[keep], token[keep]
         ids, mask = token[:, None], torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
     return responses, ended
 
