@@ -12,11 +12,11 @@ from test_rollout import (  # noqa: F401  (fixtures)
 )
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, MistralConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from rlhf import rollout
 from rlhf.data.encode import encode_prompts, pad
-from rlhf.decoding import ROOM, Decoder, Growing, can_preallocate
+from rlhf.decoding import ROOM, Decoder, Growing, can_preallocate, growing_cache
 from rlhf.models import banned_ids
 from rlhf.rollout import generate, generate_in_place, uniforms
 
@@ -29,10 +29,10 @@ def both(setup, prompts, temperature=1.0, limit=LIMIT):  # noqa: F811
 
 
 def test_a_growing_layer_holds_what_transformers_own_does():
-    """Over a prompt, single tokens until the room has been used up twice, several at once, and rows that leave and come twice."""
+    """A prompt, single tokens until its room is used up twice, several that do not fit; rows leave and come twice."""
     generator = torch.Generator().manual_seed(0)
     layers, rows, buffers = (Growing(), DynamicLayer()), 3, {}
-    for t, width in enumerate([5] + [1] * (2 * ROOM + 3) + [4, 1]):
+    for t, width in enumerate([5] + [1] * (3 * ROOM + 1) + [4, 1]):
         new = [torch.randn(rows, 2, width, 8, generator=generator) for _ in range(2)]
         for ours, theirs in zip(*(layer.update(*new) for layer in layers)):
             assert torch.equal(ours, theirs)
@@ -43,9 +43,8 @@ def test_a_growing_layer_holds_what_transformers_own_does():
             layers[0].select(torch.tensor(chosen))
             layers[1].batch_select_indices(torch.tensor(chosen))
             rows = len(chosen)
-    assert (
-        len(buffers) == 5
-    )  # of 21 columns, and by the first choice; of 38 when these are full, and by the second; of 55
+    # 5 + 16 columns, and the first choice's rows; when these are full 21 + 1 + 16, and the second's; 38 + 1 + 16; 54 + 4 + 16
+    assert [buffer.shape[-2] for buffer in buffers.values()] == [21, 21, 38, 38, 55, 74]
 
 
 def test_sequences_that_have_ended_leave_when_they_are_a_fifth_of_the_batch(mortal):  # noqa: F811
@@ -190,6 +189,8 @@ def test_rotary_positions_and_grouped_heads_too(tokenizer):
 def test_what_does_not_fit_keeps_the_growing_cache(tokenizer):
     sliding = random_model(AutoModelForCausalLM, configured(MistralConfig, tokenizer, sliding_window=8))
     assert not can_preallocate(sliding)
+    kinds = {type(layer) for layer in growing_cache(sliding).layers}
+    assert Growing not in kinds and kinds == {type(layer) for layer in DynamicCache(config=sliding.config).layers}
     bloom = BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=1, n_head=4, pad_token_id=1)
     assert not can_preallocate(random_model(AutoModelForCausalLM, bloom))
     sharded = random_model(AutoModelForCausalLM, configured(LlamaConfig, tokenizer))
