@@ -106,7 +106,8 @@ def draw(rows: list[dict[str, float]], stop: int, path: Path) -> None:
         if stop <= rows[-1]["rollouts"]:
             axis.axvline(stop, color="grey", linestyle="--", linewidth=1)
     if stop <= rows[-1]["rollouts"]:
-        place = {"xytext": (-5, 5), "textcoords": "offset points", "ha": "right", "fontsize": 9}
+        shift, side = (5, "left") if 2 * stop < rows[-1]["rollouts"] else (-5, "right")  # where there is more room
+        place = {"xytext": (shift, 5), "textcoords": "offset points", "ha": side, "fontsize": 9}
         axes[1].annotate("the recipe stops here", (stop, axes[1].get_ylim()[0]), **place)
     for axis, name in ((plane, "reward"), (plane.twinx(), "utility")):
         axis.plot([r["kl"] for r in rows], [r[name] for r in rows], ".-", color=colours[name])
