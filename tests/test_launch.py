@@ -10,10 +10,12 @@ import pytest
 import test_ppo
 import tiny
 import torch
+from accelerate.utils import DistributedType
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from rlhf.engine import EngineError, prepare_trainer, refuse_other_than_adam
 from rlhf.launch import LaunchError, check_launch, ran_out_of_memory
+from rlhf.muon import Muon
 from rlhf.planning.advice import memory_advice
 
 
@@ -66,10 +68,13 @@ def stand_in(config, optim, model=None):
     """What is asked of a Trainer before it makes an engine."""
     plugin = SimpleNamespace(deepspeed_config=config, zero_stage=config["zero_optimization"]["stage"])
     return SimpleNamespace(
-        accelerator=SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)),
+        accelerator=SimpleNamespace(
+            distributed_type=DistributedType.DEEPSPEED, state=SimpleNamespace(deepspeed_plugin=plugin)
+        ),
         args=TrainingArguments(output_dir="unused", optim=optim, report_to="none"),
         model=model or torch.nn.Linear(1, 1),
         get_optimizer_cls_and_kwargs=Trainer.get_optimizer_cls_and_kwargs,
+        add_callback=lambda callback: None,
     )
 
 
@@ -83,11 +88,15 @@ def test_an_offloaded_optimiser_is_an_adam(device):
     if device == "none":
         prepare_trainer(stand_in(config, "sgd"), "sgd")
         return
-    for check in (
-        lambda: prepare_trainer(stand_in(config, "sgd"), "sgd"),
-        lambda: refuse_other_than_adam(config, torch.optim.SGD),
+    for asked, check in (
+        ("SGD", lambda: prepare_trainer(stand_in(config, "sgd"), "sgd")),
+        ("SGD", lambda: refuse_other_than_adam(config, torch.optim.SGD)),
+        ("Muon", lambda: prepare_trainer(stand_in(config, "adamw_torch"), "muon")),
+        ("Muon", lambda: refuse_other_than_adam(config, Muon)),
     ):
-        with pytest.raises(EngineError, match="an offloaded optimiser is DeepSpeed's CPU Adam, and SGD was asked for"):
+        with pytest.raises(
+            EngineError, match=f"an offloaded optimiser is DeepSpeed's CPU Adam, and {asked} was asked for"
+        ):
             check()
 
 

@@ -33,6 +33,12 @@ RUN = {"pretrain": pretrain.run, "sft": sft.run, "reward": reward.run, "ppo": pp
 STRATEGIES = ["cpu_ddp", "zero1", "zero2", "zero3", "zero3_offload"]
 ARCHITECTURES = ["gpt2", "opt"]
 WITH_ADAPTERS = {"cpu_ddp": "opt", "zero2": "gpt2", "zero3": "opt"}
+WITH_MUON = {
+    "cpu_ddp": "gpt2",
+    "zero1": "opt",
+    "zero2": "gpt2",
+    "zero3": "gpt2",
+}  # GPT-2 has three matrices in one weight
 PROCESSES = 2
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None,
@@ -118,6 +124,12 @@ def stage_args(tmp_path, processes):
     }
 
 
+def whole_stages(folder, architecture, processes, **changes):
+    registry = test_ppo.stages(folder, architecture)
+    found = stage_args(folder, processes).items()
+    return registry, [(stage, dataclasses.replace(args, **changes)) for stage, args in found]
+
+
 def adapter_stages(folder, architecture, processes):
     """Each trains on from the adapter of the one before, all on one base; SFT trains on with its own merged, too."""
     registry = test_ppo.stages(folder, architecture)
@@ -133,21 +145,23 @@ def adapter_stages(folder, architecture, processes):
     return registry, [*stages[:2], merged, stages[2]]
 
 
+KINDS = {
+    "whole": whole_stages,
+    "muon": functools.partial(whole_stages, optim="muon"),
+    "adapters": adapter_stages,
+}
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """What one process makes of the stages, and of those with adapters, once for each architecture."""
     made = {}
 
-    def of(architecture, adapters=False):
-        if (architecture, adapters) not in made:
-            folder = tmp_path_factory.mktemp(f"alone_{architecture}")
-            if adapters:
-                stages = adapter_stages(folder, architecture, 1)[1]
-            else:
-                test_ppo.stages(folder, architecture)
-                stages = list(stage_args(folder, 1).items())
-            made[architecture, adapters] = [RUN[stage](args) for stage, args in stages]
-        return made[architecture, adapters]
+    def of(architecture, kind="whole"):
+        if (architecture, kind) not in made:
+            stages = KINDS[kind](tmp_path_factory.mktemp(f"alone_{architecture}"), architecture, 1)[1]
+            made[architecture, kind] = [RUN[stage](args) for stage, args in stages]
+        return made[architecture, kind]
 
     return of
 
@@ -157,14 +171,13 @@ def alone(tmp_path_factory):
     "strategy", [pytest.param(s, marks=[] if s == "cpu_ddp" else [needs_deepspeed]) for s in STRATEGIES]
 )
 def test_two_processes_follow_one(tmp_path, alone, strategy):
+    kinds = [(architecture, "whole") for architecture in ARCHITECTURES]
+    kinds += [(of[strategy], kind) for kind, of in (("muon", WITH_MUON), ("adapters", WITH_ADAPTERS)) if strategy in of]
     stages, registries = [], {}
-    for architecture in ARCHITECTURES:
-        registries[architecture] = test_ppo.stages(tmp_path / architecture, architecture)
-        stages += stage_args(tmp_path / architecture, PROCESSES).items()
-    adapters = WITH_ADAPTERS.get(strategy)
-    if adapters:
-        adapter_registry, more = adapter_stages(tmp_path / "adapters", adapters, PROCESSES)
-        stages += more
+    for architecture, kind in kinds:
+        made = KINDS[kind](tmp_path / f"{architecture}-{kind}", architecture, PROCESSES)
+        registries[architecture, kind] = made[0]
+        stages += made[1]
     pretrains = not strategy.startswith("zero3")  # under which a new model's weights are drawn in another order
     if pretrains:
         stages.append(("pretrain", pretrain_args(tmp_path, PROCESSES)))
@@ -175,10 +188,12 @@ def test_two_processes_follow_one(tmp_path, alone, strategy):
     assert done.returncode == 0, done.stderr[-9000:]
     published = [line for line in done.stderr.splitlines() if line.startswith("published")]
     assert len(published) == len(stages)  # by one of the processes
-    for architecture, registry in registries.items():
-        assert_follows(alone(architecture), registry, "deepspeed" if strategy.startswith("zero") else "multi_cpu")
-    if adapters:
-        assert_adapters_follow(alone(adapters, adapters=True), adapter_registry)
+    for (architecture, kind), registry in registries.items():
+        if kind == "adapters":
+            assert_adapters_follow(alone(architecture, kind), registry)
+        else:
+            launched = "deepspeed" if strategy.startswith("zero") else "multi_cpu"
+            assert_follows(alone(architecture, kind), registry, launched)
     if pretrains:
         one = pretrain.run(pretrain_args(tmp_path / "alone", 1))
         two = Registry(tmp_path / "runs").require("base", "tiny")
@@ -326,7 +341,8 @@ def test_under_zero_3_every_stage_survives_a_process_that_fails(tmp_path):
         for stage in ("sft", "reward"):
             # All records: the checkpoint of step 6 is then within an epoch.
             changes |= {"max_steps": 10, "save_steps": 2, "max_train_samples": None}
-            yield stage, dataclasses.replace(found[stage], **changes)
+            optim = {"sft": "muon", "reward": "adamw_torch"}[stage]  # each has its own state in a checkpoint
+            yield stage, dataclasses.replace(found[stage], optim=optim, **changes)
 
     expected = [RUN[stage](args) for stage, args in trainers(tmp_path / "alone", 1)]
     configs = {

@@ -170,16 +170,52 @@ def test_ppo_trains_policy_and_critic_by_it_at_their_rates(tmp_path):
     )
     optimizer = trainer.optimizer.optimizer
     assert isinstance(optimizer, Muon) and len(optimizer.matrices) == 16
-    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 2e-3]
+    rates = [(group["part"], group["muon"], group["lr"]) for group in optimizer.param_groups]
+    assert rates == [("policy", True, 1e-3), ("policy", False, 1e-3), ("critic", True, 2e-3), ("critic", False, 2e-3)]
 
 
-@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP])
-def test_refuses_where_a_process_has_pieces_of_matrices(kind):
-    accelerator = SimpleNamespace(distributed_type=kind, state=SimpleNamespace(deepspeed_plugin=None))
+def test_refuses_where_it_does_not_know_the_pieces_of_matrices():
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, state=SimpleNamespace(deepspeed_plugin=None))
     model = gpt2()
+    trainer = SimpleNamespace(
+        accelerator=accelerator, args=None, get_optimizer_cls_and_kwargs=lambda args: (torch.optim.AdamW, {})
+    )
     for start in (
         lambda: prepare(accelerator, model, Muon(model.parameters(), {}), 1),
-        lambda: prepare_trainer(SimpleNamespace(accelerator=accelerator), "muon"),
+        lambda: prepare_trainer(trainer, "muon"),
     ):
         with pytest.raises(EngineError, match=r"^optim: muon needs whole matrices, and .* set adamw_torch$"):
             start()
+
+
+def test_matrices_and_other_parameters_are_groups_apart_with_the_settings_of_theirs():
+    a, b, c = (torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(3))
+    optimizer = Muon([{"params": [a, b], "lr": 1.0, "part": "x"}, {"params": [c], "lr": 2.0}], {a: 1, c: 1})
+    found = [(group["params"], group["muon"], group["lr"], group.get("part")) for group in optimizer.param_groups]
+    assert found == [([a], True, 1.0, "x"), ([b], False, 1.0, "x"), ([c], True, 2.0, None)]
+
+
+def test_steps_of_pieces_are_those_of_whole_matrices():
+    """A flat tensor that is all there is of two parameters, in place of the two."""
+    torch.manual_seed(0)
+    shapes = [(4, 12), (6, 2)]
+    whole = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    matrices = dict(zip(whole, (3, 1)))
+    flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in whole]))
+    settings = {"lr": 0.1, "weight_decay": 0.1}
+    plain, pieces = Muon(whole, matrices, **settings), Muon([flat], {**matrices, flat: 1}, **settings)
+
+    def spread(p, piece, steps):
+        assert p is flat
+        parts = [part.view(shape) for part, shape in zip(piece.split([48, 12]), shapes)]
+        return torch.cat([step.flatten() for step in steps(whole, parts)])
+
+    pieces.spread = spread
+    for _ in range(3):
+        gradients = [torch.randn(shape) for shape in shapes]
+        for p, gradient in zip(whole, gradients):
+            p.grad = gradient
+        flat.grad = torch.cat([gradient.flatten() for gradient in gradients])
+        plain.step()
+        pieces.step()
+    torch.testing.assert_close(flat, torch.cat([p.flatten() for p in whole]))

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
+from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf import RLHFError
-from rlhf.muon import Muon, hidden_matrices
+from rlhf.muon import Muon, Steps, hidden_matrices
 
 
 class EngineError(RLHFError):
@@ -47,7 +49,7 @@ class Engine:
                     self.accelerator.backward(part())
 
     def clip(self, parts: dict[str, nn.Module], limit: float) -> dict[str, float]:
-        """Clips the gradient of each part to the norm `limit`; the norms before. Parts come in the order of its groups."""
+        """Clips the gradient of each part to the norm `limit`; the norms before. The optimiser's groups name their `part`."""
         return {
             name: float(self.accelerator.clip_grad_norm_(part.parameters(), limit) or 0.0)
             for name, part in parts.items()
@@ -95,6 +97,8 @@ class ZeroEngine(Engine):
         gather_by_layer(model, self.stage)
         super().__init__(accelerator, model, optimizer)
         self.zero = self.model.optimizer  # DeepSpeed's: the gradients are its own
+        self.part_of = [group["part"] for group in self.optimizer.param_groups]
+        spread_muon(self.zero)
 
     def backward(self, work: Sequence[Callable[[], Tensor]]) -> None:
         for i, part in enumerate(work):
@@ -104,14 +108,14 @@ class ZeroEngine(Engine):
     def clip(self, parts: dict[str, nn.Module], limit: float) -> dict[str, float]:
         norms = self._norms()
         for group, gradients in self._gradients():
-            scale = limit / (norms[group] + 1e-6)
+            scale = limit / (norms[self.part_of[group]] + 1e-6)
             if scale < 1:  # not where a norm is not finite: such a step is dropped
                 for gradient in gradients:
                     gradient.mul_(scale)
-        return dict(zip(parts, norms))
+        return {name: norms[name] for name in parts}
 
-    def _norms(self) -> list[float]:
-        """The norm of each parameter group's gradient over all processes, nan where DeepSpeed finds none."""
+    def _norms(self) -> dict[str, float]:
+        """The norm of each part's gradient over all processes, nan where DeepSpeed finds none."""
         zero = self.zero
         if self.stage == 3:
             found = list(enumerate(zero._get_norm_groups()))
@@ -124,10 +128,10 @@ class ZeroEngine(Engine):
                 else (i, zero.get_grad_norm_direct(zero.averaged_gradients[i], zero.params_in_partition[i]))
                 for i in groups
             ]
-        squares = [0.0] * len(self.optimizer.param_groups)
+        squares = dict.fromkeys(self.part_of, 0.0)
         for group, (_, norm) in zip(groups, found):
-            squares[group] += float(norm) ** 2 if float(norm) >= 0 else float("nan")
-        return [square**0.5 for square in squares]
+            squares[self.part_of[group]] += float(norm) ** 2 if float(norm) >= 0 else float("nan")
+        return {part: square**0.5 for part, square in squares.items()}
 
     def _gradients(self) -> Iterator[tuple[int, list[Tensor]]]:
         """This process's pieces of the gradient, by parameter group."""
@@ -178,7 +182,7 @@ class ZeroEngine(Engine):
 def prepare(accelerator: Accelerator, model: Any, optimizer: torch.optim.Optimizer, micro_batch: int) -> Engine:
     """The engine that this launch asks for; micro_batch: items of one forward on one process, for DeepSpeed's records."""
     if isinstance(optimizer, Muon):
-        refuse_sharded_muon(accelerator)
+        refuse_muon_under_fsdp(accelerator)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return ZeroEngine(accelerator, model, optimizer, micro_batch)
     return Engine(accelerator, model, optimizer)
@@ -187,19 +191,20 @@ def prepare(accelerator: Accelerator, model: Any, optimizer: torch.optim.Optimiz
 def refuse_other_than_adam(config: dict[str, Any], optimizer: type[torch.optim.Optimizer]) -> None:
     """With an offloaded optimiser accelerate puts DeepSpeed's CPU Adam in the place of whatever was asked for, in silence."""
     device = (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
-    if device != "none" and not issubclass(optimizer, torch.optim.Adam):  # AdamW is one
+    adam = issubclass(optimizer, torch.optim.Adam) and not issubclass(optimizer, Muon)  # AdamW is one
+    if device != "none" and not adam:
         raise EngineError(
             f"optim: an offloaded optimiser is DeepSpeed's CPU Adam, and {optimizer.__name__} was asked for; set it to "
             "adamw_torch, or launch without offload"
         )
 
 
-def refuse_sharded_muon(accelerator: Accelerator) -> None:
-    """Muon's step is a function of a whole matrix, and a process that has a piece of it would take another."""
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+def refuse_muon_under_fsdp(accelerator: Accelerator) -> None:
+    """Muon's step is a function of a whole matrix, and how FSDP lays out its pieces is not known here."""
+    if accelerator.distributed_type == DistributedType.FSDP:
         raise EngineError(
-            f"optim: muon needs whole matrices, and {accelerator.distributed_type.value} gives each process pieces of them; "
-            "launch with configs/accelerate/ddp.yaml, or set adamw_torch"
+            "optim: muon needs whole matrices, and FSDP gives each process pieces of them; launch with DDP or ZeRO "
+            "(configs/accelerate), or set adamw_torch"
         )
 
 
@@ -217,13 +222,87 @@ def gather_by_layer(model: nn.Module, stage: int) -> None:
 def prepare_trainer(trainer: Any, optim: str) -> None:
     """Before transformers' Trainer makes an engine of its model and optimiser: the same refusals, whole layers, and Muon."""
     plugin = trainer.accelerator.state.deepspeed_plugin
+    cls, kwargs = trainer.get_optimizer_cls_and_kwargs(trainer.args)
     if optim == "muon":
-        refuse_sharded_muon(trainer.accelerator)
-        adamw = trainer.get_optimizer_cls_and_kwargs(trainer.args)[1]
-        trainer.optimizer_cls_and_kwargs = (Muon, {**adamw, "matrices": hidden_matrices(trainer.model)})
-    elif plugin is not None:
-        refuse_other_than_adam(plugin.deepspeed_config, trainer.get_optimizer_cls_and_kwargs(trainer.args)[0])
+        refuse_muon_under_fsdp(trainer.accelerator)
+        cls, kwargs = Muon, {**kwargs, "matrices": hidden_matrices(trainer.model)}
+        trainer.optimizer_cls_and_kwargs = (cls, kwargs)
+    if plugin is not None:
+        refuse_other_than_adam(plugin.deepspeed_config, cls)
         gather_by_layer(trainer.model, plugin.zero_stage)
+        trainer.add_callback(SpreadMuon(trainer))
+
+
+# ------------------------------------------------------------------------------------------------- matrices in pieces
+
+
+class SpreadMuon(TrainerCallback):
+    """`spread_muon`, once a Trainer has made its engine."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        spread_muon(self.trainer.model_wrapped.optimizer)
+
+
+def spread_muon(zero: Any) -> None:
+    """Lets the Muon that ZeRO drives, if it is one, take its steps from whole matrices.
+
+    A process steps a flat tensor of a group, in which it has its pieces of the parameters.
+    """
+    muon = zero.optimizer
+    if not isinstance(muon, Muon):
+        return
+    if hasattr(zero, "fp32_partitioned_groups_flat"):
+        flats, groups = zero.fp32_partitioned_groups_flat, zero.fp16_groups
+        ways = [partial(share_of_each, zero.dp_process_group, parameters) for parameters in groups]
+    else:
+        flats, groups = zero.single_partition_of_fp32_groups, zip(zero.bit16_groups, zero.bit16_groups_flat)
+        ways = [
+            partial(share_of_all, group, [(p, p.storage_offset() - row.storage_offset()) for p in parameters])
+            for group, (parameters, row) in zip(zero.real_dp_process_group, groups)
+        ]
+    way_of = dict(zip(flats, ways))
+    muon.spread = lambda flat, piece, steps: way_of[flat](piece, steps)
+
+
+def share_of_all(group: Any, places: Sequence[tuple[Any, int]], piece: Tensor, steps: Steps) -> Tensor:
+    """ZeRO 1 and 2: parameters lie in a row, each at its place, and a process has a share of the row [n].
+
+    Most are whole in one share, so that a process takes the steps of its own; two take those of one on their border.
+    """
+    row = everyones(piece, group).flatten()
+    start = torch.distributed.get_rank(group) * len(piece)
+    mine = [(p, at) for p, at in places if at < start + len(piece) and at + p.numel() > start]
+    found = steps([p for p, _ in mine], [row[at : at + p.numel()].view(p.shape) for p, at in mine])
+    for (p, at), step in zip(mine, found):
+        row[at : at + p.numel()] = step.flatten()
+    return row[start : start + len(piece)]
+
+
+def share_of_each(group: Any, parameters: Sequence[Any], piece: Tensor, steps: Steps) -> Tensor:
+    """ZeRO 3: a process has a share of each parameter, [n] in all. Each takes the steps of some, and hands out their shares."""
+    rank, processes = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+    sizes = [p.partition_numel() for p in parameters]
+    shares = everyones(piece, group).split(sizes, dim=1)
+    mine = range(rank, len(parameters), processes)
+    whole = [shares[i].flatten()[: parameters[i].ds_numel].view(parameters[i].ds_shape) for i in mine]
+    handed = [torch.zeros_like(share) for share in shares]
+    for i, step in zip(mine, steps([parameters[i] for i in mine], whole)):
+        handed[i].view(-1)[: step.numel()] = step.flatten()
+    out = torch.cat(handed, dim=1).flatten()
+    got = torch.empty_like(out)
+    torch.distributed.all_to_all_single(got, out, group=group)
+    found = got.view(processes, -1).split(sizes, dim=1)
+    return torch.cat([share[i % processes] for i, share in enumerate(found)])
+
+
+def everyones(piece: Tensor, group: Any) -> Tensor:
+    """The pieces [n] of all processes [processes, n]."""
+    found = piece.new_empty(torch.distributed.get_world_size(group), len(piece))
+    torch.distributed.all_gather(list(found), piece.contiguous(), group=group)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------- weights that are spread

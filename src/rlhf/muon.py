@@ -10,7 +10,7 @@ times slower (benchmarks/muon.py). Here matrices of one shape go through the ite
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,37 +20,55 @@ from transformers.pytorch_utils import Conv1D
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
 
+Steps: TypeAlias = Callable[
+    [Sequence[Tensor], Sequence[Tensor]], list[Tensor]
+]  # parameters, their gradients -> their steps
+
 
 class Muon(torch.optim.AdamW):
     """AdamW, in which the parameters of `matrices` step by Muon at their group's learning rate and weight decay.
 
     matrices: see `hidden_matrices`. momentum: Muon's own, with Nesterov's look ahead; the betas and eps are AdamW's.
+    A group of both kinds becomes two, of which the one with "muon" has the matrices.
     """
+
+    # Set where parameters lie in pieces on several processes: (parameter, its piece of a gradient [n], `steps`) -> its piece of
+    # the steps [n], for which `steps` has been asked about whole gradients.
+    spread: Callable[[Tensor, Tensor, Steps], Tensor] | None = None
 
     def __init__(self, params: Any, matrices: dict[Tensor, int], momentum: float = 0.95, **adamw: Any):
         super().__init__(params, **adamw)
         self.matrices, self.momentum = matrices, momentum
+        kinds = [(group, muon) for group in self.param_groups for muon in (True, False)]
+        chosen = [[p for p in group["params"] if (p in matrices) == muon] for group, muon in kinds]
+        self.param_groups = [g | {"params": ps, "muon": muon} for (g, muon), ps in zip(kinds, chosen) if ps]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step. The gradients of matrices must be whole on each process, not a share of them."""
+        """One step. Where processes have pieces of matrices, all of them take it at once."""
         groups = self.param_groups
-        others = [[p for p in group["params"] if p not in self.matrices] for group in groups]
-        self.param_groups = [{**group, "params": params} for group, params in zip(groups, others)]
+        self.param_groups = [group for group in groups if not group["muon"]]
         try:
             loss = super().step(closure)
         finally:
             self.param_groups = groups
         for group in groups:
-            mine = [p for p in group["params"] if p in self.matrices and p.grad is not None]
-            parts = [part for p in mine for part in split(self._nesterov(p), self.matrices[p])]
-            steps = iter(orthogonal(parts))
-            for p in mine:
-                pieces = split(p, self.matrices[p])
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                for piece in pieces:
-                    piece.add_(next(steps), alpha=-group["lr"] * 0.2 * max(piece.shape) ** 0.5)
+            mine = [p for p in group["params"] if group["muon"] and p.grad is not None]
+            ahead = [self._nesterov(p) for p in mine]
+            if self.spread is None:
+                steps = self.steps(mine, ahead)
+            else:
+                steps = [self.spread(p, piece, self.steps) for p, piece in zip(mine, ahead)]
+            for p, step in zip(mine, steps):
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-group["lr"])
         return loss
+
+    def steps(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+        """The steps of `parameters` at a learning rate of 1, from their whole gradients."""
+        counts = [self.matrices[p] for p in parameters]
+        found = iter(orthogonal([part for g, n in zip(gradients, counts) for part in g.chunk(n, dim=1)]))
+        parts = [[next(found) for _ in range(n)] for n in counts]
+        return [torch.cat([0.2 * max(part.shape) ** 0.5 * part for part in side], dim=1) for side in parts]
 
     def _nesterov(self, p: nn.Parameter) -> Tensor:
         state, gradient = self.state[p], p.grad
@@ -70,15 +88,13 @@ def hidden_matrices(model: nn.Module) -> dict[Tensor, int]:
     """
     found: dict[Tensor, int] = {}
     for name, module in model.named_modules():
-        linear = isinstance(module, (nn.Linear, Conv1D)) and module.weight.ndim == 2  # not where it is packed in 4 bits
-        if linear and module.weight.requires_grad and any(part.isdigit() for part in name.split(".")):
+        in_layer = any(part.isdigit() for part in name.split("."))
+        if not (in_layer and isinstance(module, (nn.Linear, Conv1D)) and module.weight.requires_grad):
+            continue
+        shape = getattr(module.weight, "ds_shape", module.weight.shape)  # ZeRO 3 has taken the weight itself away
+        if len(shape) == 2:  # not where it is packed in 4 bits
             found[module.weight] = 3 if name.endswith(".c_attn") else 1
     return found
-
-
-def split(tensor: Tensor, count: int) -> Sequence[Tensor]:
-    """`count` matrices that lie side by side, as views."""
-    return tensor.chunk(count, dim=1)
 
 
 def orthogonal(matrices: Sequence[Tensor]) -> list[Tensor]:

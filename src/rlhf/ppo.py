@@ -272,7 +272,7 @@ class PPO:
 
         line = diagnosis.describe(rollout, scores, returns, self.actors.rewards, statistics, state.kl_coef) | clock.laps
         line["watching"] = [reward.name for reward in self.actors.rewards if reward.weight == 0]
-        line |= {f"lr/{n}": g["lr"] for n, g in zip(("policy", "critic"), self.optimizer.param_groups)}
+        line |= {f"lr/{group['part']}": group["lr"] for group in self.optimizer.param_groups}
         if args.kl_target is not None:
             state.kl_coef = objectives.next_kl_coef(
                 state.kl_coef, line["objective/kl"], args.kl_target, args.kl_horizon, len(rollout)
@@ -427,7 +427,8 @@ class PPO:
         """Clips policy and critic each to max_grad_norm, so that neither's scale decides the other's step; their norms."""
         limit = self.args.max_grad_norm or float("inf")
         module = self.accelerator.unwrap_model(self.model)
-        return self.engine.clip({"policy/grad_norm": module.policy, "critic/grad_norm": module.critic}, limit)
+        norms = self.engine.clip({"policy": module.policy, "critic": module.critic}, limit)
+        return {f"{part}/grad_norm": norm for part, norm in norms.items()}
 
     def totals(self, sums: dict[str, float]) -> dict[str, float]:
         """Sums over all processes of what each has summed over its part of the minibatch."""
@@ -554,8 +555,9 @@ def optimizer_factory(args: PPOArgs) -> Callable[[ActorCritic], torch.optim.Opti
     kwargs.pop("lr", None)
 
     def make(model: ActorCritic) -> torch.optim.Optimizer:
-        rates = ((model.policy, args.learning_rate), (model.critic, args.critic_learning_rate))
-        groups = [{"params": [p for p in part.parameters() if p.requires_grad], "lr": lr} for part, lr in rates]
+        rates = {"policy": args.learning_rate, "critic": args.critic_learning_rate}
+        trained = {part: [p for p in getattr(model, part).parameters() if p.requires_grad] for part in rates}
+        groups = [{"part": part, "params": trained[part], "lr": lr} for part, lr in rates.items()]
         if kwargs.get("optim_bits") == 8:
             keep_embeddings_precise(model)
         if args.optim == "muon":
