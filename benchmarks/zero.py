@@ -3,7 +3,7 @@
     python benchmarks/zero.py                  # three rounds of one process, DDP, ZeRO 2, ZeRO 3; some minutes
     python benchmarks/zero.py --rounds 5 --stages ppo --profile
 
-The model and the batches are those of the demo's recipes (configs/*/demo.yaml), with AdamW. Texts are random words of about the
+The model and the batches are those of the demo's recipes (configs/*/demo.yaml). Texts are random words of about the
 demo's lengths, the weights are random: what is learned does not matter to the time.
 
 The global batch is the same everywhere, and so are the threads: one process has as many as the two have together. Start-up and
@@ -118,7 +118,8 @@ def child(args: argparse.Namespace, folder: Path, out: Path) -> None:
             profile.enable()
         words = ["--config", str(folder / f"{stage}.json"), "--output_dir", str(folder / f"runs-{out.stem}")]
         if stage != "ppo":  # whose batches are totals
-            words += ["--per_device_train_batch_size", str(16 // int(os.environ.get("WORLD_SIZE", "1")))]
+            batch = yaml_of(stage)["per_device_train_batch_size"]
+            words += ["--per_device_train_batch_size", str(batch // int(os.environ.get("WORLD_SIZE", "1")))]
         run_stage(stage, words, last=i + 1 == len(args.stages))
         gc.collect()  # transformers knows of a launch under ZeRO 3 by an object of the stage before
         profile.disable()
@@ -190,7 +191,6 @@ def prepare(folder: Path, episodes: int) -> None:
     for stage in STAGES:
         values = {**yaml_of(stage), **changes[stage], "dataset_name": str(folder / f"{names[stage]}.jsonl")}
         values["disable_tqdm"] = True
-        values["optim"] = "adamw_torch"  # the recipes' Muon needs whole matrices
         (folder / f"{stage}.json").write_text(json.dumps(values))
 
 

@@ -65,7 +65,6 @@ def test_the_demo_runs_from_nothing_to_a_summary(tmp_path, capfd, monkeypatch):
     from demo_world.terminal import show
 
     monkeypatch.setattr("demo_world.generate.EVAL_SIZES", GROUPS)  # models that know nothing answer at length
-    monkeypatch.setattr("demo_world.evaluate.RM_PROMPTS", 40)
 
     demo = Demo(tmp_path, "demo", 3, scale=0.02, overrides=OVERRIDES)
     summary = run(demo)

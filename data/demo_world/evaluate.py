@@ -19,7 +19,6 @@ from .judge import Score, judge, permuted
 from .labelers import STEPS
 
 PARTS = ("helpful", "truthful", "harmless", "utility")
-RM_PROMPTS = 300  # held-out prompts whose sampled answers the reward model is asked to order
 BLOCK = 64  # tokens of raw text that the base was trained on at once
 
 
@@ -120,7 +119,7 @@ def reward_model_figures(demo: Any, rm: Any, sft: Any, records: Sequence[dict]) 
 
     tokenizer = models.load_tokenizer(rm.path)
     reward = models.load_scalar_model(rm.path, tokenizer).eval()
-    chosen = [r["prompt"] for r in records if r["group"] == "familiar"][:RM_PROMPTS]
+    chosen = [r["prompt"] for r in records if r["group"] == "familiar"]
     samples = collect_completions(
         sft,
         tokenizer,
@@ -128,6 +127,7 @@ def reward_model_figures(demo: Any, rm: Any, sft: Any, records: Sequence[dict]) 
         [6] * len(chosen),
         response_length=RESPONSE_LENGTH,
         seed=demo.seed + 3 * SAMPLE_SEED,
+        batch_size=512,
         shown_as="samples to be ordered",
     )
     samples = [s for s in samples if len(s.completions) > 1]
