@@ -126,8 +126,9 @@ def stage_args(tmp_path, processes):
 
 def whole_stages(folder, architecture, processes, **changes):
     registry = test_ppo.stages(folder, architecture)
-    found = stage_args(folder, processes).items()
-    return registry, [(stage, dataclasses.replace(args, **changes)) for stage, args in found]
+    found = stage_args(folder, processes)
+    found["ppo"] = dataclasses.replace(found["ppo"], ds3_gather_for_generation=architecture != "opt")
+    return registry, [(stage, dataclasses.replace(args, **changes)) for stage, args in found.items()]
 
 
 def adapter_stages(folder, architecture, processes):
@@ -138,7 +139,11 @@ def adapter_stages(folder, architecture, processes):
     chain = {
         "sft": {},
         "reward": {"model_name_or_path": "tiny/sft/v2"},
-        "ppo": {"sft_model_path": "tiny/sft/v2", "reward_model_path": ["tiny/rm/v2"]},
+        "ppo": {
+            "sft_model_path": "tiny/sft/v2",
+            "reward_model_path": ["tiny/rm/v2"],
+            "ds3_gather_for_generation": architecture != "opt",
+        },
     }
     stages = [(stage, dataclasses.replace(args, **lora, **chain[stage])) for stage, args in found.items()]
     merged = ("sft", dataclasses.replace(found["sft"], model_name_or_path="tiny/sft/v2"))
@@ -393,6 +398,52 @@ def test_under_zero_3_every_stage_survives_a_process_that_fails(tmp_path):
         for part in ("", "critic", "ema"):
             assert difference(one, two, part, weights) < 2e-6
         follows(tiny.history(one), tiny.history(two))
+
+
+UNEVEN = """
+import sys
+from types import SimpleNamespace
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rlhf import RLHFError
+from rlhf.engine import layer_by_layer
+
+rank = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")]).process_index
+
+
+class Layer(GradientCheckpointingLayer):
+    def forward(self, x):
+        return x + 1
+
+
+model = torch.nn.Sequential(Layer(), torch.nn.Identity(), Layer())
+engine = SimpleNamespace(device="cpu")
+for forwards in ((3, 1), (0, 2), (0, 0)):
+    try:
+        with layer_by_layer(engine, model):
+            for _ in range(forwards[rank]):
+                assert model(torch.zeros(1)) == 2
+            if rank == 1:
+                raise RLHFError("no opinion")
+    except RLHFError:
+        assert rank == 1
+    count = torch.tensor(1 + rank)
+    torch.distributed.all_reduce(count)  # were one of them still in a forward, the sum would be another
+    assert count == 3
+assert not model[0]._forward_pre_hooks and not model[2]._forward_hooks
+print("together")
+"""
+
+
+@pytest.mark.slow
+def test_processes_with_fewer_forwards_pass_the_layers_with_the_others(tmp_path):
+    """Also one that fails: the others' forwards end as if it had not."""
+    (tmp_path / "uneven.py").write_text(UNEVEN)
+    done = tiny.launch(command("cpu_ddp", str(tmp_path / "uneven.py")), **variables("cpu_ddp"))
+    assert done.returncode == 0 and done.stdout.count("together") == 2, done.stderr[-3000:]
 
 
 @pytest.mark.slow

@@ -223,6 +223,7 @@ def add_plan(commands: Any) -> None:
         ("--tflops", float, "a GPU's dense peak in TFLOP/s (default: 312, an A100 in bf16)"),
         ("--mfu", float, "share of it that training reaches (default: 0.35)"),
         ("--generation-share", float, "generation's share of PPO's time (default: 0.66)"),
+        ("--gather-gb-s", float, "GB/s a GPU gets of others' weights, where PPO gathers by layer (default: 25)"),
         ("--reserve", float, "share of the memory that is not for the model (default: 0.08)"),
         ("--demonstrations", int, "(default: 12725, InstructGPT's)"),
         ("--sft-epochs", float, "(default: 16)"),

@@ -386,6 +386,11 @@ class PPOArgs(AdapterArgs, StageArgs):
     num_ppo_epochs: int = option(1, "passes over one rollout (inner epochs)", ge=1)
     per_device_train_batch_size: int = option(8, "episodes a process takes through one forward and backward", ge=1)
     per_device_rollout_batch_size: int = option(64, "prompts a process decodes at once", ge=1)
+    ds3_gather_for_generation: bool = option(
+        True,
+        "ZeRO 3 gathers each model whole for a rollout; false: a layer at a time, for models that do not fit on one GPU, "
+        "which takes far longer",
+    )
     per_device_ptx_batch_size: int = option(
         8, "pretraining examples a process takes through one forward and backward", ge=1
     )

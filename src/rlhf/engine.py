@@ -85,12 +85,15 @@ class ZeroEngine(Engine):
     decide the step of the other.
     """
 
-    def __init__(self, accelerator: Accelerator, model: Any, optimizer: torch.optim.Optimizer, micro_batch: int):
+    def __init__(
+        self, accelerator: Accelerator, model: Any, optimizer: torch.optim.Optimizer, micro_batch: int, gather: bool
+    ):
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = micro_batch
         config["gradient_clipping"] = 0.0
         self.config = config
         self.stage = int(config["zero_optimization"]["stage"])
+        self.gather = gather or self.stage < 3
         refuse_other_than_adam(config, type(optimizer))
         # A parameter without a gradient in one part of a step would keep the one of the step before, or lose its own.
         model.every_part_uses_all = True
@@ -172,19 +175,26 @@ class ZeroEngine(Engine):
                 deepspeed.zero.Init(module=model, config_dict_or_path=self.config)
 
     def whole(self, model: Any) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if model is None else whole(self.model, model)
+        if model is None:
+            return contextlib.nullcontext()
+        return whole(self.model, model) if self.gather else layer_by_layer(self.model, model)
 
     @property
     def sharded(self) -> bool:
         return self.stage == 3
 
 
-def prepare(accelerator: Accelerator, model: Any, optimizer: torch.optim.Optimizer, micro_batch: int) -> Engine:
-    """The engine that this launch asks for; micro_batch: items of one forward on one process, for DeepSpeed's records."""
+def prepare(
+    accelerator: Accelerator, model: Any, optimizer: torch.optim.Optimizer, micro_batch: int, gather: bool = True
+) -> Engine:
+    """The engine that this launch asks for; micro_batch: items of one forward on one process, for DeepSpeed's records.
+
+    gather: whether ZeRO 3 has room for a whole model on each process in `Engine.whole`; else a layer is whole at a time.
+    """
     if isinstance(optimizer, Muon):
         refuse_muon_under_fsdp(accelerator)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return ZeroEngine(accelerator, model, optimizer, micro_batch)
+        return ZeroEngine(accelerator, model, optimizer, micro_batch, gather)
     return Engine(accelerator, model, optimizer)
 
 
@@ -326,23 +336,86 @@ def gathered(parameters: Iterable[Any], modify: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole(engine: Any, model: Any) -> Iterator[None]:
-    """`model` with all of its weights for the block, gathered once, for forwards outside of the engine's.
-
-    Under ZeRO 3 the engine's hooks are away meanwhile: they would release the weights again after each module's forward.
-    """
+    """`model` with all of its weights for the block, gathered once, for forwards outside of the engine's."""
     settle(engine)
+    with gathered(model.parameters()), without_hooks(engine):
+        yield
+
+
+@contextlib.contextmanager
+def without_hooks(engine: Any) -> Iterator[None]:
+    """The engine's module without ZeRO 3's hooks, which would release weights again after each module's forward."""
     offload = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
-    with gathered(model.parameters()):
-        if offload is None:
-            yield
-            return
-        for hook in (*offload.forward_hooks, *offload.backward_hooks):
-            hook.remove()
-        offload.forward_hooks, offload.backward_hooks = [], []
+    if offload is None:
+        yield
+        return
+    for hook in (*offload.forward_hooks, *offload.backward_hooks):
+        hook.remove()
+    offload.forward_hooks, offload.backward_hooks = [], []
+    try:
+        yield
+    finally:
+        offload._register_deepspeed_module(offload.module)
+
+
+@contextlib.contextmanager
+def layer_by_layer(engine: Any, model: Any) -> Iterator[None]:
+    """`whole` where a model does not fit: a transformer layer is whole for its own forward, all else for the block.
+
+    Forwards without gradient, each through all layers in their order. Processes pass a layer together, so one whose forwards are
+    over goes through the layers with the others until theirs are, too.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    inner = {p for layer in layers for p in layer.parameters()}
+    settle(engine)
+    with gathered(p for p in model.parameters() if p not in inner), without_hooks(engine):
+        passing = Passing(layers, engine.device)
         try:
             yield
+        except RLHFError:
+            passing.go_on()
+            raise
+        else:  # after any other error this process ends, and the launcher ends the others
+            passing.go_on()
         finally:
-            offload._register_deepspeed_module(offload.module)
+            passing.end()
+
+
+class Passing:
+    """Hooks that make each of `layers` whole for its forward, in step with the other processes."""
+
+    def __init__(self, layers: Sequence[nn.Module], device: Any):
+        self.layers, self.device = layers, device
+        self.whole = contextlib.ExitStack()
+        self.hooks: list[Any] = []
+        for layer in layers:
+            self.hooks.append(layer.register_forward_pre_hook(self._before))
+            self.hooks.append(layer.register_forward_hook(self._after, always_call=True))
+
+    def _before(self, layer: nn.Module, args: Any) -> None:
+        if layer is self.layers[0]:
+            self._anyone(True)
+        self.whole.enter_context(gathered(layer.parameters()))
+
+    def _after(self, layer: nn.Module, args: Any, output: Any) -> None:
+        self.whole.close()
+
+    def _anyone(self, here: bool) -> bool:
+        """Whether any process begins a forward."""
+        count = torch.tensor(float(here), device=self.device)
+        torch.distributed.all_reduce(count)
+        return bool(count > 0)
+
+    def go_on(self) -> None:
+        """Passes the layers while another process has forwards left."""
+        while self.layers and self._anyone(False):
+            for layer in self.layers:
+                with gathered(layer.parameters()):
+                    pass
+
+    def end(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
 
 
 def settle(engine: Any) -> None:

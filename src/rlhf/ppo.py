@@ -204,7 +204,9 @@ class PPO:
         self.pad_token_id = actors.tokenizer.pad_token_id
         self.state = State(kl_coef=args.kl_coef)
         adapters.keep_only_trained(accelerator, model)
-        self.engine = prepare(accelerator, model, optimizer, args.per_device_train_batch_size)
+        self.engine = prepare(
+            accelerator, model, optimizer, args.per_device_train_batch_size, args.ds3_gather_for_generation
+        )
         self.model, self.optimizer = self.engine.model, self.engine.optimizer
         self.engine.freeze(m for m in (actors.reference, *(r.model for r in actors.rewards)) if m is not None)
         self.actors = replace(actors, whole=self.engine.whole)

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -371,34 +372,39 @@ def collect(
     lap is told the name of each phase at its end. One model is whole at a time, the policy from its first token to its
     log-probabilities: weights that are spread over the processes are gathered once a rollout.
     """
-    with actors.whole(actors.policy):
-        responses, ended = sample_responses(
-            actors.policy,
-            prompts.ids,
-            keys,
-            response_length=actors.response_length,
-            temperature=actors.temperature,
-            batch_size=actors.batch_size,
-            tokenizer=actors.tokenizer,
-            banned=actors.banned,
-        )
-        lap("generation")
-        rollout = unscored(actors, prompts, responses, ended)
-        rollout = together(lambda: evaluate_responses(actors, rollout, ("logp",)))
+
+    def sampled() -> tuple[list[list[int]], Rollout]:
+        with actors.whole(actors.policy):
+            responses, ended = sample_responses(
+                actors.policy,
+                prompts.ids,
+                keys,
+                response_length=actors.response_length,
+                temperature=actors.temperature,
+                batch_size=actors.batch_size,
+                tokenizer=actors.tokenizer,
+                banned=actors.banned,
+            )
+            lap("generation")
+            return responses, evaluate_responses(actors, unscored(actors, prompts, responses, ended), ("logp",))
+
+    def scored(reward: Reward) -> Tensor:
+        with actors.whole(reward.model):
+            return reward.score(episodes)
+
+    def evaluated(model: Any, name: str) -> Rollout:
+        with actors.whole(model):
+            return evaluate_responses(actors, rollout, (name,))
+
+    responses, rollout = together(sampled)
     lap("forwards")
     completions = decode_completions(actors.tokenizer, responses)
     episodes = Episodes(prompts.ids, responses, prompts.texts, completions, prompts.columns)
-    columns = []
-    for reward in actors.rewards:
-        with actors.whole(reward.model):
-            columns.append(together(lambda reward=reward: reward.score(episodes)))  # type: ignore[misc]
-    rewards = torch.stack(columns, dim=1)
+    rewards = torch.stack([together(partial(scored, reward)) for reward in actors.rewards], dim=1)
     rollout = replace(rollout, rewards=rewards, scores=weighted(actors.rewards, rewards))
     lap("rewards")
-    with actors.whole(actors.reference):
-        rollout = together(lambda: evaluate_responses(actors, rollout, ("logp_ref",)))
-    with actors.whole(actors.critic):
-        rollout = together(lambda: evaluate_responses(actors, rollout, ("values",)))
+    rollout = together(partial(evaluated, actors.reference, "logp_ref"))
+    rollout = together(partial(evaluated, actors.critic, "values"))
     lap("forwards")
     return rollout
 

@@ -69,6 +69,7 @@ def setup_of(args: Any) -> Setup:
         checkpointing=args.gradient_checkpointing,
         micro=args.per_device_train_batch_size,
         rollout=getattr(args, "per_device_rollout_batch_size", 1),
+        gather=getattr(args, "ds3_gather_for_generation", True),
     )
 
 

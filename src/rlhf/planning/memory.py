@@ -87,13 +87,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Setup:
-    """One configuration. micro: items a GPU takes through one forward and backward; rollout: prompts that it decodes at once."""
+    """One configuration. micro: items a GPU takes through one forward and backward; rollout: prompts that it decodes at once.
+
+    gather: whether ZeRO 3 has a whole model on each GPU in a rollout, or a layer at a time (`ds3_gather_for_generation`).
+    """
 
     strategy: str
     method: Literal["full", "lora", "qlora"] = "full"
     checkpointing: bool = False
     micro: int = 1
     rollout: int = 1
+    gather: bool = True
 
     @property
     def sharding(self) -> Sharding:
@@ -301,8 +305,14 @@ def prefilled(job: Job, setup: Setup) -> int | None:
 
 
 def gathered_policy(job: Job, setup: Setup) -> float:
-    """ZeRO 3 gathers the policy once a rollout: gathering it for every token is about a hundred times slower."""
-    return (2 if job.precision == "bf16" else 4) * job.model.parameters if setup.sharding.level == 3 else 0.0
+    """What ZeRO 3 has of the policy on a GPU in a rollout: all, gathered once, or what is outside of the layers and one layer."""
+    shape = job.model
+    if setup.sharding.level < 3:
+        return 0.0
+    numbers = shape.parameters
+    if not setup.gather:
+        numbers -= shape.matrix_parameters * (shape.layers - 1) // shape.layers
+    return (2 if job.precision == "bf16" else 4) * numbers
 
 
 def _prefill(job: Job, setup: Setup) -> float:

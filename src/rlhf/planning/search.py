@@ -30,6 +30,9 @@ class Assumptions:
     tflops: float = 312.0  # A100, dense bf16 (NVIDIA's data sheet)
     mfu: float = 0.35
     generation_share: float = 0.66  # of PPO's time without pretraining mix: DeepSpeed-Chat's own log
+    gather_gb_s: float = (
+        25.0  # gigabytes a second that a GPU gets of others' weights: a network card of 200 Gb/s for each
+    )
     reserve: float = 0.08  # of a GPU's memory: CUDA context, NCCL, fragmentation
     demonstrations: int = 12_725  # InstructGPT, table 6: training sets
     sft_epochs: float = 16
@@ -58,12 +61,16 @@ def candidates(stage: str, job: Job, strategies: Sequence[str]) -> Iterator[Setu
     micros = [most] + [2**k for k in range(int(math.log2(most)), -1, -1) if 2**k < most]
     length = {"sft": job.sft_length, "rm": job.rm_length * job.completions, "ppo": job.prompt + job.response}[stage]
     enough = [m for m in micros if m * length >= ENOUGH_TOKENS or m == most]
-    for name in strategies:
-        if job.gpus == 1 and name in ("zero1", "zero2", "zero3"):
-            continue  # there is nobody to share with
+    possible = [
+        name for name in strategies if job.gpus > 1 or name not in ("zero1", "zero2", "zero3")
+    ]  # nobody to share with
+    by_layer = [
+        name for name in possible if name.startswith("zero3") and stage == "ppo"
+    ]  # the last resort of all: the slowest
+    for name, gather in [(name, True) for name in possible] + [(name, False) for name in by_layer]:
         for checkpointing, sizes in ((False, enough), (True, micros), (False, micros)):
             for micro in sizes:
-                yield setup_of(name, job, checkpointing, micro)
+                yield replace(setup_of(name, job, checkpointing, micro), gather=gather)
 
 
 def setup_of(name: str, job: Job, checkpointing: bool, micro: int) -> Setup:
@@ -131,6 +138,7 @@ def _closest(stage: str, job: Job, setup: Setup, memory: Memory, limit: float, s
 def describe(setup: Setup) -> str:
     """A configuration in a few words."""
     words = [setup.strategy if setup.method == "full" else setup.method]
+    words += [] if setup.gather else ["a layer at a time"]
     words += ["gradient checkpointing"] if setup.checkpointing else []
     return ", ".join([*words, f"micro-batch {setup.micro}"])
 
@@ -152,6 +160,10 @@ def _notes(stage: str, job: Job, setup: Setup, memory: Memory) -> list[str]:
         found.append(
             f"{memory.host * min(job.gpus, job.per_node) / GIB:.0f} GiB of memory on each machine; hours are without "
             "the time of moving states between CPU and GPU"
+        )
+    if not setup.gather:
+        found.append(
+            "the policy does not fit on a GPU: every layer is gathered for every token, which takes most of the hours"
         )
     if setup.method != "full" and stage == "ppo":
         found.append("two bases are counted; a reward model that is an adapter on the policy's base saves the critic's")
@@ -186,6 +198,7 @@ def _overrides(stage: str, job: Job, setup: Setup, accumulation: int) -> list[st
             else ["--ptx_coef 0"]
         )
         words += [] if job.ema else ["--ema_decay null"]
+        words += [] if setup.gather else ["--ds3_gather_for_generation false"]
     else:
         words.append(f"--gradient_accumulation_steps {accumulation}")
         words.append(f"--max_length {job.sft_length if stage == 'sft' else job.rm_length}")
@@ -206,7 +219,7 @@ def hours(stage: str, job: Job, setup: Setup, assume: Assumptions) -> float:
     """Training FLOPs over what the GPUs do at the assumed utilisation; PPO's generation as its share of the whole.
 
     A backward pass costs two forwards; gradient checkpointing runs the forward once more. Every sequence is as long as its
-    limit: an upper bound.
+    limit: an upper bound. Where layers are gathered one at a time, generation is the time in which they come.
     """
     update = 4 if setup.checkpointing else 3
     if stage == "sft":
@@ -219,7 +232,12 @@ def hours(stage: str, job: Job, setup: Setup, assume: Assumptions) -> float:
     both = job.model.forward_flops(length) + job.reward.forward_flops(length)
     scored = 2 * both  # policy, reference, critic and reward model, each once
     learned = assume.ppo_epochs * update * both
-    ppo = _at(assume.episodes * length * (scored + learned), job, assume) / (1 - assume.generation_share)
+    ppo = _at(assume.episodes * length * (scored + learned), job, assume)
+    if setup.gather:
+        ppo /= 1 - assume.generation_share
+    else:  # all weights once a token of each batch that is decoded
+        tokens = math.ceil(assume.episodes / (job.gpus * setup.rollout)) * job.response
+        ppo += tokens * gathered_policy(job, replace(setup, gather=True)) / (assume.gather_gb_s * 1e9) / 3600
     if not job.ptx:
         return ppo
     text = assume.episodes * assume.ptx_ratio * job.ptx_block * update * job.model.forward_flops(job.ptx_block)

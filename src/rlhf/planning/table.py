@@ -84,8 +84,9 @@ def assumptions_of(args: argparse.Namespace) -> Assumptions:
         value = getattr(assume, name)
         if not 0 <= value < 1 or (name == "mfu" and value == 0):
             raise PlanError(f"--{name.replace('_', '-')} is a share from 0 to 1 and is {value}")
-    if not assume.tflops > 0:
-        raise PlanError(f"--tflops must be above 0 and is {assume.tflops}")
+    for name in ("tflops", "gather_gb_s"):
+        if not getattr(assume, name) > 0:
+            raise PlanError(f"--{name.replace('_', '-')} must be above 0 and is {getattr(assume, name)}")
     return assume
 
 
@@ -147,16 +148,20 @@ def show(job: Job, assume: Assumptions, plans: list[Plan]) -> None:
         console.print(f"{plan.stage}:  {plan.command}", markup=False)
         for note in plan.notes:
             console.print(f"      {note}", markup=False)
-    console.print(f"\n{assumptions(job, assume)}", markup=False)
+    slow = any(not plan.setup.gather for plan in plans)
+    console.print(f"\n{assumptions(job, assume, slow)}", markup=False)
 
 
-def assumptions(job: Job, assume: Assumptions) -> str:
-    """The sentence under the table."""
+def assumptions(job: Job, assume: Assumptions, slow: bool = False) -> str:
+    """The sentence under the table. slow: whether a plan gathers layers one at a time."""
     ptx = f", {assume.ptx_ratio:g} pretraining examples of {job.ptx_block} tokens an episode" if job.ptx else ""
     lengths = f"sft {job.sft_length}, rm {job.rm_length}, ppo {job.prompt} + {job.response}"
+    generation = f"generation is {assume.generation_share:.0%} of PPO's time without pretraining mix"
+    if slow:
+        generation += f", or comes at {assume.gather_gb_s:g} GB/s a GPU where layers are gathered one at a time"
     return (
-        f"Assumed: {assume.tflops:g} TFLOP/s a GPU of which {assume.mfu:.0%} are reached; generation is "
-        f"{assume.generation_share:.0%} of PPO's time without pretraining mix; {assume.reserve:.0%} of the memory is for "
+        f"Assumed: {assume.tflops:g} TFLOP/s a GPU of which {assume.mfu:.0%} are reached; {generation}; "
+        f"{assume.reserve:.0%} of the memory is for "
         f"CUDA, NCCL and fragmentation; all sequences as long as they may be ({lengths}); {assume.demonstrations} "
         f"demonstrations x {assume.sft_epochs:g} epochs, {assume.comparisons} prompts with {job.completions} completions, "
         f"{assume.episodes} episodes{ptx}. The parts are each at their largest; the peak is of one moment, and can be less "
