@@ -108,7 +108,7 @@ def draw(rows: list[dict[str, float]], stop: int, path: Path) -> None:
     if stop <= rows[-1]["rollouts"]:
         shift, side = (5, "left") if 2 * stop < rows[-1]["rollouts"] else (-5, "right")  # where there is more room
         place = {"xytext": (shift, 5), "textcoords": "offset points", "ha": side, "fontsize": 9}
-        axes[1].annotate("the recipe stops here", (stop, axes[1].get_ylim()[0]), **place)
+        axes[0].annotate("the recipe stops here", (stop, axes[0].get_ylim()[0]), **place)  # below a score that rises
     for axis, name in ((plane, "reward"), (plane.twinx(), "utility")):
         axis.plot([r["kl"] for r in rows], [r[name] for r in rows], ".-", color=colours[name])
         axis.tick_params(axis="y", colors=colours[name])
