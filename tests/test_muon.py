@@ -11,8 +11,9 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
+from rlhf import muon
 from rlhf.engine import EngineError, prepare, prepare_trainer
-from rlhf.muon import Muon, hidden_matrices, orthogonal
+from rlhf.muon import Muon, dealt, hidden_matrices, orthogonal
 
 
 def gpt2(**changes):
@@ -189,33 +190,121 @@ def test_refuses_where_it_does_not_know_the_pieces_of_matrices():
 
 
 def test_matrices_and_other_parameters_are_groups_apart_with_the_settings_of_theirs():
-    a, b, c = (torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(3))
-    optimizer = Muon([{"params": [a, b], "lr": 1.0, "part": "x"}, {"params": [c], "lr": 2.0}], {a: 1, c: 1})
+    a, b, c, d, e = (torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(5))
+    groups = [{"params": [a, b], "lr": 1.0, "part": "x"}, {"params": [c], "lr": 2.0}, {"params": [d, e], "lr": 2.0}]
+    optimizer = Muon(groups, {a: 1, c: 1, e: 1})
     found = [(group["params"], group["muon"], group["lr"], group.get("part")) for group in optimizer.param_groups]
-    assert found == [([a], True, 1.0, "x"), ([b], False, 1.0, "x"), ([c], True, 2.0, None)]
+    assert found == [([a], True, 1.0, "x"), ([b], False, 1.0, "x"), ([c, e], True, 2.0, None), ([d], False, 2.0, None)]
 
 
-def test_steps_of_pieces_are_those_of_whole_matrices():
-    """A flat tensor that is all there is of two parameters, in place of the two."""
+def test_work_is_dealt_out_evenly():
+    assert dealt([1, 9, 2, 8, 3], 2) == [[1, 4, 0], [3, 2]]
+    assert dealt([1], 2) == [[0], []]
+
+
+# Pieces, as one process has them of a group of three that the test plays.
+
+SHAPES = [(4, 6), (6, 6), (2, 8), (6, 9)]  # 24, 36, 16 and 54 numbers
+PROCESSES = 3
+
+
+class Everyone:
+    """torch.distributed for one process at a time: each call gives what all have handed in, which a first round has noted."""
+
+    def __init__(self, monkeypatch):
+        self.noted, self.rank, self.calls = [[] for _ in range(PROCESSES)], 0, 0
+        self.replayed = None
+        for name in ("get_rank", "get_world_size", "all_gather", "all_reduce", "all_to_all_single"):
+            monkeypatch.setattr(muon.dist, name, getattr(self, name))
+
+    def run(self, work):
+        """What each process's `work(rank)` returns; rounds go on until what each call gets is what the others hand in."""
+        results = None
+        for _ in range(4):  # each collective needs one round more
+            before, self.noted = self.noted, [[] for _ in range(PROCESSES)]
+            self.replayed, results = before, []
+            for self.rank in range(PROCESSES):
+                self.calls = 0
+                results.append(work(self.rank))
+        return results
+
+    def get_rank(self, group=None):
+        return self.rank
+
+    def get_world_size(self, group=None):
+        return PROCESSES
+
+    def _handed_in(self, tensor):
+        self.noted[self.rank].append(tensor.clone())
+        self.calls += 1
+        noted = [one[self.calls - 1] if len(one) >= self.calls else torch.zeros_like(tensor) for one in self.replayed]
+        noted[self.rank] = tensor.clone()
+        return noted
+
+    def all_gather(self, out, tensor, group=None):
+        for place, value in zip(out, self._handed_in(tensor)):
+            place.copy_(value)
+
+    def all_reduce(self, tensor, group=None):
+        tensor.copy_(sum(self._handed_in(tensor)))
+
+    def all_to_all_single(self, out, tensor, group=None):
+        out.copy_(torch.cat([one.view(PROCESSES, -1)[self.rank] for one in self._handed_in(tensor)]))
+
+
+def whole_and_steps():
     torch.manual_seed(0)
-    shapes = [(4, 12), (6, 2)]
-    whole = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
-    matrices = dict(zip(whole, (3, 1)))
-    flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in whole]))
-    settings = {"lr": 0.1, "weight_decay": 0.1}
-    plain, pieces = Muon(whole, matrices, **settings), Muon([flat], {**matrices, flat: 1}, **settings)
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
+    gradients = [torch.randn(shape) for shape in SHAPES]
+    optimizer = Muon(parameters, dict(zip(parameters, (1, 3, 1, 3))), lr=1.0)
+    return parameters, gradients, optimizer, optimizer.steps(parameters, gradients)
 
-    def spread(p, piece, steps):
-        assert p is flat
-        parts = [part.view(shape) for part, shape in zip(piece.split([48, 12]), shapes)]
-        return torch.cat([step.flatten() for step in steps(whole, parts)])
 
-    pieces.spread = spread
-    for _ in range(3):
-        gradients = [torch.randn(shape) for shape in shapes]
-        for p, gradient in zip(whole, gradients):
-            p.grad = gradient
-        flat.grad = torch.cat([gradient.flatten() for gradient in gradients])
-        plain.step()
-        pieces.step()
-    torch.testing.assert_close(flat, torch.cat([p.flatten() for p in whole]))
+def test_under_ddp_each_process_takes_some_steps_and_all_get_all(monkeypatch):
+    parameters, gradients, optimizer, expected = whole_and_steps()
+    asked = []
+
+    def steps(mine, given):
+        asked.append(len(mine))
+        return optimizer.steps(mine, given)
+
+    for found in Everyone(monkeypatch).run(lambda rank: muon.in_turns(parameters, gradients, steps)):
+        for step, one in zip(found, expected):
+            torch.testing.assert_close(step, one)
+    assert set(asked) == {1, 2}  # four parameters, three processes
+
+
+@pytest.mark.parametrize("size", [44, 50, 66, 130])
+def test_shares_of_a_row_step_as_its_whole_parameters_do(monkeypatch, size):
+    """ZeRO 1 and 2: of 130 numbers 44 have three borders in matrices, 130 leave two processes with padding alone."""
+    parameters, gradients, optimizer, expected = whole_and_steps()
+    places = list(zip(parameters, (0, 24, 60, 76)))
+    row = torch.cat([g.flatten() for g in gradients] + [torch.zeros(PROCESSES * size - 130)])
+    shares = row.split(size)
+    found = Everyone(monkeypatch).run(
+        lambda rank: muon.share_of_all(None, places, shares[rank].clone(), optimizer.steps)
+    )
+    together = torch.cat([step.flatten() for step in expected])
+    torch.testing.assert_close(torch.cat(found)[:130], together)
+    assert not torch.cat(found)[130:].any()
+
+
+def test_shares_of_each_parameter_step_as_the_whole_does(monkeypatch):
+    """ZeRO 3: a third of each parameter, padded to thirds, on each process."""
+    parameters, gradients, optimizer, expected = whole_and_steps()
+
+    def thirds(tensors):
+        rows = []
+        for tensor in tensors:
+            flat = torch.cat([tensor.flatten(), torch.zeros(-tensor.numel() % PROCESSES)])
+            rows.append(flat.view(PROCESSES, -1))
+        return torch.cat(rows, dim=1)
+
+    for p, shape in zip(parameters, SHAPES):
+        p.ds_numel, p.ds_shape = p.numel(), torch.Size(shape)
+        p.partition_numel = lambda p=p: -(-p.numel() // PROCESSES)
+    shares = thirds(gradients)
+    found = Everyone(monkeypatch).run(
+        lambda rank: muon.share_of_each(None, parameters, shares[rank].clone(), optimizer.steps)
+    )
+    torch.testing.assert_close(torch.stack(found), thirds(expected))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf import RLHFError
-from rlhf.muon import Muon, Steps, hidden_matrices
+from rlhf.muon import Muon, hidden_matrices, spread
 
 
 class EngineError(RLHFError):
@@ -33,6 +32,7 @@ class Engine:
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer):
         self.accelerator = accelerator
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        spread(self.optimizer)
 
     def backward(self, work: Sequence[Callable[[], Tensor]]) -> None:
         """Accumulates the gradients of all parts; processes exchange them once, in the last one.
@@ -101,7 +101,6 @@ class ZeroEngine(Engine):
         super().__init__(accelerator, model, optimizer)
         self.zero = self.model.optimizer  # DeepSpeed's: the gradients are its own
         self.part_of = [group["part"] for group in self.optimizer.param_groups]
-        spread_muon(self.zero)
 
     def backward(self, work: Sequence[Callable[[], Tensor]]) -> None:
         for i, part in enumerate(work):
@@ -237,82 +236,20 @@ def prepare_trainer(trainer: Any, optim: str) -> None:
         refuse_muon_under_fsdp(trainer.accelerator)
         cls, kwargs = Muon, {**kwargs, "matrices": hidden_matrices(trainer.model)}
         trainer.optimizer_cls_and_kwargs = (cls, kwargs)
+        trainer.add_callback(SpreadMuon(trainer))
     if plugin is not None:
         refuse_other_than_adam(plugin.deepspeed_config, cls)
         gather_by_layer(trainer.model, plugin.zero_stage)
-        trainer.add_callback(SpreadMuon(trainer))
-
-
-# ------------------------------------------------------------------------------------------------- matrices in pieces
 
 
 class SpreadMuon(TrainerCallback):
-    """`spread_muon`, once a Trainer has made its engine."""
+    """`muon.spread`, once a Trainer has made its engine."""
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        spread_muon(self.trainer.model_wrapped.optimizer)
-
-
-def spread_muon(zero: Any) -> None:
-    """Lets the Muon that ZeRO drives, if it is one, take its steps from whole matrices.
-
-    A process steps a flat tensor of a group, in which it has its pieces of the parameters.
-    """
-    muon = zero.optimizer
-    if not isinstance(muon, Muon):
-        return
-    if hasattr(zero, "fp32_partitioned_groups_flat"):
-        flats, groups = zero.fp32_partitioned_groups_flat, zero.fp16_groups
-        ways = [partial(share_of_each, zero.dp_process_group, parameters) for parameters in groups]
-    else:
-        flats, groups = zero.single_partition_of_fp32_groups, zip(zero.bit16_groups, zero.bit16_groups_flat)
-        ways = [
-            partial(share_of_all, group, [(p, p.storage_offset() - row.storage_offset()) for p in parameters])
-            for group, (parameters, row) in zip(zero.real_dp_process_group, groups)
-        ]
-    way_of = dict(zip(flats, ways))
-    muon.spread = lambda flat, piece, steps: way_of[flat](piece, steps)
-
-
-def share_of_all(group: Any, places: Sequence[tuple[Any, int]], piece: Tensor, steps: Steps) -> Tensor:
-    """ZeRO 1 and 2: parameters lie in a row, each at its place, and a process has a share of the row [n].
-
-    Most are whole in one share, so that a process takes the steps of its own; two take those of one on their border.
-    """
-    row = everyones(piece, group).flatten()
-    start = torch.distributed.get_rank(group) * len(piece)
-    mine = [(p, at) for p, at in places if at < start + len(piece) and at + p.numel() > start]
-    found = steps([p for p, _ in mine], [row[at : at + p.numel()].view(p.shape) for p, at in mine])
-    for (p, at), step in zip(mine, found):
-        row[at : at + p.numel()] = step.flatten()
-    return row[start : start + len(piece)]
-
-
-def share_of_each(group: Any, parameters: Sequence[Any], piece: Tensor, steps: Steps) -> Tensor:
-    """ZeRO 3: a process has a share of each parameter, [n] in all. Each takes the steps of some, and hands out their shares."""
-    rank, processes = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
-    sizes = [p.partition_numel() for p in parameters]
-    shares = everyones(piece, group).split(sizes, dim=1)
-    mine = range(rank, len(parameters), processes)
-    whole = [shares[i].flatten()[: parameters[i].ds_numel].view(parameters[i].ds_shape) for i in mine]
-    handed = [torch.zeros_like(share) for share in shares]
-    for i, step in zip(mine, steps([parameters[i] for i in mine], whole)):
-        handed[i].view(-1)[: step.numel()] = step.flatten()
-    out = torch.cat(handed, dim=1).flatten()
-    got = torch.empty_like(out)
-    torch.distributed.all_to_all_single(got, out, group=group)
-    found = got.view(processes, -1).split(sizes, dim=1)
-    return torch.cat([share[i % processes] for i, share in enumerate(found)])
-
-
-def everyones(piece: Tensor, group: Any) -> Tensor:
-    """The pieces [n] of all processes [processes, n]."""
-    found = piece.new_empty(torch.distributed.get_world_size(group), len(piece))
-    torch.distributed.all_gather(list(found), piece.contiguous(), group=group)
-    return found
+        spread(self.trainer.optimizer)
 
 
 # ------------------------------------------------------------------------------------------------- weights that are spread

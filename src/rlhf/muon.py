@@ -9,10 +9,13 @@ times slower (benchmarks/muon.py). Here matrices of one shape go through the ite
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -29,23 +32,29 @@ class Muon(torch.optim.AdamW):
     """AdamW, in which the parameters of `matrices` step by Muon at their group's learning rate and weight decay.
 
     matrices: see `hidden_matrices`. momentum: Muon's own, with Nesterov's look ahead; the betas and eps are AdamW's.
-    A group of both kinds becomes two, of which the one with "muon" has the matrices.
+    A group of both kinds becomes two, of which the one with "muon" has the matrices; groups of like settings become one.
     """
 
-    # Set where parameters lie in pieces on several processes: (parameter, its piece of a gradient [n], `steps`) -> its piece of
-    # the steps [n], for which `steps` has been asked about whole gradients.
-    spread: Callable[[Tensor, Tensor, Steps], Tensor] | None = None
+    # On several processes (`spread`): parameters, their gradients, `steps` -> their steps. Of pieces of parameters the pieces of
+    # steps, for which `steps` is asked about whole gradients.
+    share: Callable[[Sequence[Tensor], Sequence[Tensor], Steps], list[Tensor]] | None = None
 
     def __init__(self, params: Any, matrices: dict[Tensor, int], momentum: float = 0.95, **adamw: Any):
         super().__init__(params, **adamw)
         self.matrices, self.momentum = matrices, momentum
-        kinds = [(group, muon) for group in self.param_groups for muon in (True, False)]
-        chosen = [[p for p in group["params"] if (p in matrices) == muon] for group, muon in kinds]
-        self.param_groups = [g | {"params": ps, "muon": muon} for (g, muon), ps in zip(kinds, chosen) if ps]
+        groups: list[dict[str, Any]] = []
+        for group, muon in itertools.product(self.param_groups, (True, False)):
+            mine = group | {"params": [p for p in group["params"] if (p in matrices) == muon], "muon": muon}
+            like = [other for other in groups if other | {"params": None} == mine | {"params": None}]
+            if like:
+                like[0]["params"] += mine["params"]
+            elif mine["params"]:
+                groups.append(mine)
+        self.param_groups = groups
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step. Where processes have pieces of matrices, all of them take it at once."""
+        """One step, which all processes take at once."""
         groups = self.param_groups
         self.param_groups = [group for group in groups if not group["muon"]]
         try:
@@ -55,10 +64,7 @@ class Muon(torch.optim.AdamW):
         for group in groups:
             mine = [p for p in group["params"] if group["muon"] and p.grad is not None]
             ahead = [self._nesterov(p) for p in mine]
-            if self.spread is None:
-                steps = self.steps(mine, ahead)
-            else:
-                steps = [self.spread(p, piece, self.steps) for p, piece in zip(mine, ahead)]
+            steps = self.share(mine, ahead, self.steps) if self.share and mine else self.steps(mine, ahead)
             for p, step in zip(mine, steps):
                 p.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-group["lr"])
         return loss
@@ -127,3 +133,115 @@ def newton_schulz(matrices: Tensor) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
+
+
+# ------------------------------------------------------------------------------------------------------- several processes
+
+
+def spread(optimizer: Any) -> None:
+    """Shares the work of a Muon that accelerate has prepared, if it is one, out to the processes.
+
+    Under DDP each takes the steps of some parameters. Under ZeRO a process steps one flat tensor of a group, in which it has its
+    pieces of the parameters.
+    """
+    muon = optimizer.optimizer
+    if isinstance(muon, Muon):
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            muon.share = in_turns
+        return
+    zero, muon = muon, getattr(muon, "optimizer", None)
+    if not isinstance(muon, Muon):
+        return
+    if hasattr(zero, "fp32_partitioned_groups_flat"):
+        flats, groups = zero.fp32_partitioned_groups_flat, zero.fp16_groups
+        ways = [partial(share_of_each, zero.dp_process_group, parameters) for parameters in groups]
+    else:
+        flats, groups = zero.single_partition_of_fp32_groups, zip(zero.bit16_groups, zero.bit16_groups_flat)
+        ways = [
+            partial(share_of_all, group, [(p, p.storage_offset() - row.storage_offset()) for p in parameters])
+            for group, (parameters, row) in zip(zero.real_dp_process_group, groups)
+        ]
+    way_of = dict(zip(flats, ways))
+    muon.share = lambda mine, pieces, steps: [way_of[flat](piece, steps) for flat, piece in zip(mine, pieces)]
+
+
+def dealt(sizes: Sequence[int], processes: int) -> list[list[int]]:
+    """Which of the items each process takes, so that all have about as much to do."""
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    return [order[rank::processes] for rank in range(processes)]
+
+
+def in_turns(parameters: Sequence[Tensor], gradients: Sequence[Tensor], steps: Steps) -> list[Tensor]:
+    """DDP: every process has all gradients, takes the steps of some of them, and gets the others'."""
+    sizes = [p.numel() for p in parameters]
+    hands = dealt(sizes, dist.get_world_size())
+    mine = hands[dist.get_rank()]
+    taken = steps([parameters[i] for i in mine], [gradients[i] for i in mine])
+    row = gradients[0].new_zeros(max(sum(sizes[i] for i in hand) for hand in hands))
+    if taken:
+        torch.cat([step.flatten() for step in taken], out=row[: sum(sizes[i] for i in mine)])
+    found: list[Tensor] = list(gradients)
+    for hand, theirs in zip(hands, everyones(row)):
+        for i, step in zip(hand, theirs[: sum(sizes[i] for i in hand)].split([sizes[i] for i in hand])):
+            found[i] = step.view_as(parameters[i])
+    return found
+
+
+def share_of_all(group: Any, places: Sequence[tuple[Any, int]], piece: Tensor, steps: Steps) -> Tensor:
+    """ZeRO 1 and 2: parameters lie in a row, each at its place, and a process has a share of the row [n].
+
+    A process takes the steps of what it has a piece of. Most lie in one share whole; those on a border are put together.
+    """
+    size = len(piece)
+    start = dist.get_rank(group) * size
+    end = start + size
+    on_border = [(p, at) for p, at in places if at // size != (at + p.numel() - 1) // size]
+    mine = [(p, at) for p, at in places if at < end and at + p.numel() > start]
+
+    def here(p: Any, at: int) -> tuple[slice, slice]:
+        """Which numbers of p are in this share, and where in it."""
+        first, last = max(at, start), min(at + p.numel(), end)
+        return slice(first - at, last - at), slice(first - start, last - start)
+
+    whole = {p: piece.new_zeros(p.numel()) for p, _ in (*on_border, *mine)}
+    for p, at in mine:
+        inner, outer = here(p, at)
+        whole[p][inner] = piece[outer]
+    if on_border:
+        row = torch.cat([whole[p] for p, _ in on_border])
+        dist.all_reduce(row, group=group)
+        for (p, _), full in zip(on_border, row.split([p.numel() for p, _ in on_border])):
+            whole[p] = full
+    found = torch.zeros_like(piece)
+    taken = steps([p for p, _ in mine], [whole[p].view(p.shape) for p, _ in mine])
+    for (p, at), step in zip(mine, taken):
+        inner, outer = here(p, at)
+        found[outer] = step.flatten()[inner]
+    return found
+
+
+def share_of_each(group: Any, parameters: Sequence[Any], piece: Tensor, steps: Steps) -> Tensor:
+    """ZeRO 3: a process has a share of each parameter, [n] in all. Each takes the steps of some, and hands out their shares."""
+    sizes = [p.partition_numel() for p in parameters]
+    shares = everyones(piece, group).split(sizes, dim=1)
+    hands = dealt(sizes, dist.get_world_size(group))
+    mine = hands[dist.get_rank(group)]
+    whole = [shares[i].flatten()[: parameters[i].ds_numel].view(parameters[i].ds_shape) for i in mine]
+    handed = [torch.zeros_like(share) for share in shares]
+    for i, step in zip(mine, steps([parameters[i] for i in mine], whole)):
+        handed[i].view(-1)[: step.numel()] = step.flatten()
+    out = torch.cat(handed, dim=1).flatten()
+    got = torch.empty_like(out)
+    dist.all_to_all_single(got, out, group=group)
+    found = list(got.view(len(hands), -1).split(sizes, dim=1))
+    for rank, hand in enumerate(hands):
+        for i in hand:
+            found[i] = found[i][rank]
+    return torch.cat(found)
+
+
+def everyones(piece: Tensor, group: Any = None) -> Tensor:
+    """The pieces [n] of all processes [processes, n]."""
+    found = piece.new_empty(dist.get_world_size(group), len(piece))
+    dist.all_gather(list(found), piece.contiguous(), group=group)
+    return found
