@@ -221,27 +221,33 @@ def share_of_all(group: Any, places: Sequence[tuple[Any, int]], piece: Tensor, s
 
 
 def share_of_each(group: Any, parameters: Sequence[Any], piece: Tensor, steps: Steps) -> Tensor:
-    """ZeRO 3: a process has a share of each parameter, [n] in all. Each takes the steps of some, and hands out their shares."""
+    """ZeRO 3: a process has a share of each parameter, [n] in all. Each gets some parameters whole, and hands out their steps."""
     sizes = [p.partition_numel() for p in parameters]
-    shares = everyones(piece, group).split(sizes, dim=1)
     hands = dealt(sizes, dist.get_world_size(group))
     mine = hands[dist.get_rank(group)]
-    whole = [shares[i].flatten()[: parameters[i].ds_numel].view(parameters[i].ds_shape) for i in mine]
-    handed = [torch.zeros_like(share) for share in shares]
-    for i, step in zip(mine, steps([parameters[i] for i in mine], whole)):
-        handed[i].view(-1)[: step.numel()] = step.flatten()
-    out = torch.cat(handed, dim=1).flatten()
-    got = torch.empty_like(out)
-    dist.all_to_all_single(got, out, group=group)
-    found = list(got.view(len(hands), -1).split(sizes, dim=1))
-    for rank, hand in enumerate(hands):
-        for i in hand:
-            found[i] = found[i][rank]
-    return torch.cat(found)
+    of_each = [sum(sizes[i] for i in hand) for hand in hands]
+    of_mine = [sum(sizes[i] for i in mine)] * len(hands)
+    order = [i for hand in hands for i in hand]
+
+    shares = piece.split(sizes)
+    got = piece.new_empty(sum(of_mine))
+    dist.all_to_all_single(got, torch.cat([shares[i] for i in order]), of_mine, of_each, group=group)
+    rows = got.view(len(hands), of_mine[0]).split([sizes[i] for i in mine], dim=1)
+    whole = [row.flatten()[: parameters[i].ds_numel].view(parameters[i].ds_shape) for i, row in zip(mine, rows)]
+    handed = [torch.zeros_like(row) for row in rows]
+    for row, step in zip(handed, steps([parameters[i] for i in mine], whole)):
+        row.view(-1)[: step.numel()] = step.flatten()
+    found = torch.empty_like(piece)
+    handed_out = torch.cat(
+        [piece.new_empty(len(hands), 0), *handed], dim=1
+    ).flatten()  # of a process that has got none, too
+    dist.all_to_all_single(found, handed_out, of_each, of_mine, group=group)
+    found_of = dict(zip(order, found.split([sizes[i] for i in order])))
+    return torch.cat([found_of[i] for i in range(len(parameters))])
 
 
-def everyones(piece: Tensor, group: Any = None) -> Tensor:
+def everyones(piece: Tensor) -> Tensor:
     """The pieces [n] of all processes [processes, n]."""
-    found = piece.new_empty(dist.get_world_size(group), len(piece))
-    dist.all_gather(list(found), piece.contiguous(), group=group)
+    found = piece.new_empty(dist.get_world_size(), len(piece))
+    dist.all_gather(list(found), piece)
     return found
