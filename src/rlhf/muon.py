@@ -23,9 +23,8 @@ from transformers.pytorch_utils import Conv1D
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
 
-Steps: TypeAlias = Callable[
-    [Sequence[Tensor], Sequence[Tensor]], list[Tensor]
-]  # parameters, their gradients -> their steps
+# Parameters and their gradients -> their steps.
+Steps: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
 
 
 class Muon(torch.optim.AdamW):
