@@ -237,9 +237,8 @@ def share_of_each(group: Any, parameters: Sequence[Any], piece: Tensor, steps: S
     for row, step in zip(handed, steps([parameters[i] for i in mine], whole)):
         row.view(-1)[: step.numel()] = step.flatten()
     found = torch.empty_like(piece)
-    handed_out = torch.cat(
-        [piece.new_empty(len(hands), 0), *handed], dim=1
-    ).flatten()  # of a process that has got none, too
+    none = piece.new_empty(len(hands), 0)  # where there are fewer parameters than processes
+    handed_out = torch.cat([none, *handed], dim=1).flatten()
     dist.all_to_all_single(found, handed_out, of_each, of_mine, group=group)
     found_of = dict(zip(order, found.split([sizes[i] for i in order])))
     return torch.cat([found_of[i] for i in range(len(parameters))])

@@ -30,9 +30,7 @@ class Assumptions:
     tflops: float = 312.0  # A100, dense bf16 (NVIDIA's data sheet)
     mfu: float = 0.35
     generation_share: float = 0.66  # of PPO's time without pretraining mix: DeepSpeed-Chat's own log
-    gather_gb_s: float = (
-        25.0  # gigabytes a second that a GPU gets of others' weights: a network card of 200 Gb/s for each
-    )
+    gather_gb_s: float = 25.0  # gigabytes of others' weights that a GPU gets a second: a card of 200 Gb/s for each
     reserve: float = 0.08  # of a GPU's memory: CUDA context, NCCL, fragmentation
     demonstrations: int = 12_725  # InstructGPT, table 6: training sets
     sft_epochs: float = 16
@@ -61,12 +59,9 @@ def candidates(stage: str, job: Job, strategies: Sequence[str]) -> Iterator[Setu
     micros = [most] + [2**k for k in range(int(math.log2(most)), -1, -1) if 2**k < most]
     length = {"sft": job.sft_length, "rm": job.rm_length * job.completions, "ppo": job.prompt + job.response}[stage]
     enough = [m for m in micros if m * length >= ENOUGH_TOKENS or m == most]
-    possible = [
-        name for name in strategies if job.gpus > 1 or name not in ("zero1", "zero2", "zero3")
-    ]  # nobody to share with
-    by_layer = [
-        name for name in possible if name.startswith("zero3") and stage == "ppo"
-    ]  # the last resort of all: the slowest
+    # One GPU has nobody to share with. Gathering layers one at a time is the last resort: the slowest.
+    possible = [name for name in strategies if job.gpus > 1 or name not in ("zero1", "zero2", "zero3")]
+    by_layer = [name for name in possible if name.startswith("zero3") and stage == "ppo"]
     for name, gather in [(name, True) for name in possible] + [(name, False) for name in by_layer]:
         for checkpointing, sizes in ((False, enough), (True, micros), (False, micros)):
             for micro in sizes:
