@@ -528,6 +528,8 @@ def test_175b_on_hundreds_of_gpus():
     assert "--ds3_gather_for_generation false" in ppo.command and "takes most of the hours" in ppo.notes[0]
     with pytest.raises(PlanError, match=r"closest, qlora.*would help: "):
         plan("ppo", model="opt-175b", gpus=512, strategies=("ddp", "lora", "qlora"))
+    with pytest.raises(PlanError, match=r"the closest, zero3, a layer at a time, gradient"):
+        plan("ppo", model="opt-175b", gpus=512, gpu_gib=8, strategies=("zero3",))
 
 
 def test_a_policy_is_gathered_whole_where_it_fits_and_else_by_layer():
