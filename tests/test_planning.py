@@ -600,6 +600,12 @@ def test_the_table():
     for text in ("weights", "kv cache", "reference", "hours", "zero", "scripts/ppo.py", "Assumed: 312 TFLOP/s"):
         assert text in done.stdout
     assert "\x1b" not in done.stdout and "─" not in done.stdout
+    assert "GB/s" not in done.stdout
+
+
+def test_the_table_says_at_what_speed_layers_come():
+    done = rlhf("--model", "opt-175b", "--reward-model", "opt-6.7b", "--gpus", 512, "--gather-gb-s", 50)
+    assert "comes at 50 GB/s a GPU" in " ".join(done.stdout.split()), done.stderr
 
 
 def test_json():
@@ -616,6 +622,7 @@ def test_json():
         (["--model", "opt-125m", "--gpus", "0"], "--gpus must be above 0 and is 0"),
         (["--model", "opt-125m", "--max-length", "4096"], "4096 tokens do not fit in the context of 2048"),
         (["--model", "opt-125m", "--mfu", "1.5"], "--mfu is a share from 0 to 1"),
+        (["--model", "opt-125m", "--gather-gb-s", "0"], "--gather-gb-s must be above 0 and is 0"),
         (["--model", "opt-66b", "--gpu-memory", "8", "--stage", "ppo"], "fits nowhere on 1 x 8 GiB: the closest"),
         (["--model", "no/such-model"], "no built-in shape or folder 'no/such-model'"),
     ],
