@@ -71,6 +71,7 @@ def test_the_demo_runs_from_nothing_to_a_summary(tmp_path, capfd, monkeypatch):
     assert json.loads((tmp_path / "demo" / "summary.json").read_text()) == json.loads(json.dumps(summary))
     assert summary.keys() >= FIGURES
     assert {g: v["prompts"] for g, v in summary["win_rate_by_group"].items()} == GROUPS
+    assert summary["rm_accuracy_prompts"] == GROUPS["familiar"]
     assert summary["scores"]["best"]["utility"] == pytest.approx(1)
     registry = Registry(tmp_path)
     tree = registry.lineage(registry.require("ppo", "demo"))

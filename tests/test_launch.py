@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from rlhf.engine import EngineError, prepare_trainer, refuse_other_than_adam
 from rlhf.launch import LaunchError, check_launch, ran_out_of_memory
 from rlhf.muon import Muon
-from rlhf.planning.advice import memory_advice
+from rlhf.planning.advice import memory_advice, setup_of
 
 
 @pytest.mark.parametrize(
@@ -144,6 +145,7 @@ def test_the_advice_has_the_plans_numbers(tmp_path):
     assert "`rlhf plan` counts 0.00 of " in line and "under single" in line and "\n" not in line
     for stage, make in (("sft", tiny.sft_args), ("reward", tiny.reward_args)):
         assert "`rlhf plan` counts" in memory_advice(stage, make(tmp_path))
+    assert setup_of(args).gather and not setup_of(replace(args, ds3_gather_for_generation=False)).gather
     missing = memory_advice("sft", tiny.sft_args(tmp_path, model_name_or_path=str(tmp_path / "nowhere")))
     assert "ran out of memory; lower" in missing and "plan" not in missing
 

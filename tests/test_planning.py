@@ -584,6 +584,7 @@ def test_the_command_is_one_that_the_stage_understands(stage, gpus):
     args = config.parse(Path(script).stem, [*overrides, *(["--ptx_dataset_name", "text"] if stage == "ppo" else [])])
     assert args.per_device_train_batch_size == found.setup.micro
     assert args.gradient_checkpointing == found.setup.checkpointing and args.bf16
+    assert stage != "ppo" or args.ds3_gather_for_generation == found.setup.gather
 
 
 # --------------------------------------------------------------------------------------------------------------- command

@@ -307,6 +307,12 @@ def test_the_objective_is_the_papers(tmp_path):
         assert_close(found[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
 
 
+def test_norms_are_those_of_the_parts_they_are_named_for(tmp_path):
+    stages(tmp_path)
+    for line in tiny.history(ppo.run(ppo_args(tmp_path, vf_coef=0.0))):
+        assert line["policy/grad_norm"] > 0 == line["critic/grad_norm"]
+
+
 def test_a_step_takes_the_estimator_coefficients_and_whitening_that_are_asked_for(tmp_path, monkeypatch):
     stages(tmp_path)
     choices = {"kl_estimator": "k3", "kl_coef": 0.5, "whiten_rewards": True, "gamma": 0.9, "lam": 0.7}

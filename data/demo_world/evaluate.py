@@ -148,6 +148,7 @@ def reward_model_figures(demo: Any, rm: Any, sft: Any, records: Sequence[dict]) 
         "rm_accuracy": accuracy["rm"]["accuracy"],
         "rm_accuracy_ci95": accuracy["rm"]["accuracy_ci95"],
         "rm_accuracy_pairs": accuracy["rm"]["pairs"],
+        "rm_accuracy_prompts": len(chosen),
         "rm_accuracy_exact": evaluation.ranking_metrics([s.tolist() for s in scores], exact)["accuracy"],
         "length_accuracy": accuracy["length"]["accuracy"],
         "bag_of_words_accuracy": accuracy["bag_of_words"]["accuracy"],
