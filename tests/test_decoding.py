@@ -1,5 +1,7 @@
 """Decoding as on a GPU, on the CPU: a cache of its final size gives the answers of one that grows."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import random_model
@@ -195,8 +197,11 @@ def test_what_does_not_fit_keeps_the_growing_cache(tokenizer):
     assert not can_preallocate(random_model(AutoModelForCausalLM, bloom))
     sharded = random_model(AutoModelForCausalLM, configured(LlamaConfig, tokenizer))
     assert can_preallocate(sharded)
-    next(sharded.parameters()).ds_id = 0  # as DeepSpeed marks the weights that ZeRO 3 has taken apart
-    assert not can_preallocate(sharded)
+    weight = next(sharded.parameters())
+    weight.ds_id = 0  # as DeepSpeed marks the weights that ZeRO 3 has taken apart
+    for status, whole in (("NOT_AVAILABLE", False), ("INFLIGHT", False), ("AVAILABLE", True)):
+        weight.ds_status = SimpleNamespace(name=status)
+        assert can_preallocate(sharded) == whole
 
 
 assert NAMES  # the fixtures above run for each of these

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -22,8 +23,8 @@ from transformers import AutoModelForCausalLM
 
 from rlhf import ppo, reward, rollout, sft, shared_prompt, training, unembed
 from rlhf.data.encode import encode_prompts, pad
-from rlhf.decoding import Decoder
-from rlhf.models import banned_ids
+from rlhf.decoding import Decoder, can_preallocate
+from rlhf.models import banned_ids, load_policy, load_tokenizer
 from rlhf.muon import orthogonal
 from rlhf.objectives import token_logprobs
 from rlhf.rollout import generate, generate_in_place, join, response_logp, rows_of, uniforms
@@ -301,13 +302,19 @@ def gpu_setup(name, tokenizer, bonus=0.0):
     return Setup(policy, tokenizer, encode_prompts(tokenizer, PROMPTS) * 6, banned_ids(policy, tokenizer))
 
 
+def counted_recordings(monkeypatch):
+    """The batch sizes that steps are recorded for from here on."""
+    recorded = []
+    record = Decoder._record
+    monkeypatch.setattr(Decoder, "_record", lambda self: recorded.append(len(self.token)) or record(self))
+    return recorded
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["gpt2", "opt"])
 def test_recorded_steps_give_the_answers_of_the_cpu(tokenizer, opt_tokenizer, monkeypatch, name, implementation):
     monkeypatch.setattr(rollout, "CHECK_EVERY", 4)
-    recorded = []
-    record = Decoder._record
-    monkeypatch.setattr(Decoder, "_record", lambda self: recorded.append(len(self.token)) or record(self))
+    recorded = counted_recordings(monkeypatch)
     case = gpu_setup(name, tokenizer if name == "gpt2" else opt_tokenizer, bonus=4.0)
     case.policy.set_attn_implementation(implementation)
     draws = torch.stack([uniforms(0, 0, i, 24) for i in range(len(case.prompts))])
@@ -320,6 +327,64 @@ def test_recorded_steps_give_the_answers_of_the_cpu(tokenizer, opt_tokenizer, mo
     # Anew each time that half of them has ended.
     assert len(recorded) > 1 and recorded == sorted(recorded, reverse=True)
     assert generate(policy, case.prompts, draws, **given) == expected
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_steps_of_four_bit_layers_are_recorded(tmp_path, monkeypatch, name):
+    recorded = counted_recordings(monkeypatch)
+    base = tiny.published(tmp_path, "base", architecture=name).require("base", "tiny").path
+    tokenizer = load_tokenizer(base)
+    options = test_adapters.LORA | test_adapters.QUANTISED["4-bit"]
+    policy = load_policy(base, tokenizer, peft=tiny.sft_args(tmp_path, **options)).eval()
+    assert can_preallocate(policy)
+    given = {"temperature": 1.0, "banned": banned_ids(policy, tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    given["pad_token_id"] = tokenizer.pad_token_id
+    prompts = encode_prompts(tokenizer, PROMPTS) * 6
+    draws = torch.stack([uniforms(0, 0, i, 24) for i in range(len(prompts))])
+    expected = generate(policy, prompts, draws, **given)
+    assert not recorded
+    assert generate_in_place(policy, prompts, draws, **given) == expected
+    assert recorded
+
+
+def test_steps_of_eight_bit_layers_are_not(tmp_path):
+    """They look for columns of large values, and wait for the answer."""
+    base = tiny.published(tmp_path, "base").require("base", "tiny").path
+    args = tiny.sft_args(tmp_path, **test_adapters.LORA | test_adapters.QUANTISED["8-bit"])
+    assert not can_preallocate(load_policy(base, load_tokenizer(base), peft=args))
+
+
+WITH_ZERO = """
+import pathlib, sys
+sys.path.insert(0, "tests")
+from rlhf import ppo
+from rlhf.decoding import Decoder
+from test_ppo import ppo_args
+record, recorded = Decoder._record, []
+Decoder._record = lambda self: recorded.append(len(self.token)) or record(self)
+ppo.run(ppo_args(pathlib.Path(sys.argv[1])))
+print("recorded", recorded)
+"""
+
+
+def test_steps_of_weights_that_zero_has_gathered_are_recorded(tmp_path):
+    """PPO under ZeRO 3, on one GPU, gives the answers of PPO alone and learns as it does."""
+    pytest.importorskip("deepspeed")
+    for folder in ("alone", "zero"):
+        (tmp_path / folder).mkdir()
+        registry = stages(tmp_path / folder)
+    alone = tiny.history(ppo.run(ppo_args(tmp_path / "alone")))
+    (tmp_path / "zero.py").write_text(WITH_ZERO)
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/zero3.yaml"]
+    words += ["--num_processes", "1", "--main_process_port", "0", str(tmp_path / "zero.py"), str(tmp_path / "zero")]
+    done = tiny.launch(words, CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "recorded [8, 8, 8]" in done.stdout
+    lines = tiny.history(registry.require("ppo", "tiny"))
+    assert len(lines) == len(alone) == 3
+    for line, expected in zip(lines, alone):
+        for name in ("response/length", "objective/kl", "policy/grad_norm", "critic/grad_norm"):
+            assert line[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from rlhf.engine import is_whole
 from rlhf.models import PLAIN_UNEMBEDDING, accepts
 from rlhf.unembed import low_precision_of, lowered, product
 
@@ -104,14 +105,18 @@ class Preallocated(DynamicLayer):
 
 
 def can_preallocate(policy: Any) -> bool:
-    """Whether the policy decodes with masks and positions given, full attention in every layer, and whole weights."""
+    """Whether the policy decodes with masks and positions given, full attention in every layer, and whole weights.
+
+    Quantised layers may wait for the CPU, which no recording can; bitsandbytes' 4-bit layers do not.
+    """
     policy = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    quantized, four_bit = (getattr(policy, name, False) for name in ("is_quantized", "is_loaded_in_4bit"))
     return (
         accepts(policy, "position_ids")
         and policy.config.model_type in PLAIN_UNEMBEDDING - {"gpt_neo"}  # which has local layers without saying so
         and policy.config._attn_implementation in ("sdpa", "eager")
-        and not getattr(policy, "is_quantized", False)  # whose layers may wait for the CPU, which no recording can
-        and not any(hasattr(parameter, "ds_id") for parameter in policy.parameters())
+        and (four_bit or not quantized)
+        and all(is_whole(parameter) for parameter in policy.parameters())
         and all(type(layer) is DynamicLayer for layer in DynamicCache(config=policy.config).layers)
     )
 

@@ -271,6 +271,11 @@ def gathered(parameters: Iterable[Any], modify: bool = False) -> Iterator[None]:
         yield
 
 
+def is_whole(parameter: Any) -> bool:
+    """Whether all of it is on this process now, and not only the piece that ZeRO 3 left here."""
+    return not hasattr(parameter, "ds_id") or parameter.ds_status.name == "AVAILABLE"
+
+
 @contextlib.contextmanager
 def whole(engine: Any, model: Any) -> Iterator[None]:
     """`model` with all of its weights for the block, gathered once, for forwards outside of the engine's."""
