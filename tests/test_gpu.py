@@ -362,12 +362,13 @@ from rlhf.decoding import Decoder
 from test_ppo import ppo_args
 record, recorded = Decoder._record, []
 Decoder._record = lambda self: recorded.append(len(self.token)) or record(self)
-ppo.run(ppo_args(pathlib.Path(sys.argv[1])))
+ppo.run(ppo_args(pathlib.Path(sys.argv[1]), ds3_gather_for_generation=sys.argv[2] == "True"))
 print("recorded", recorded)
 """
 
 
-def test_steps_of_weights_that_zero_has_gathered_are_recorded(tmp_path):
+@pytest.mark.parametrize(("gather", "steps"), [(True, [8, 8, 8]), (False, [])])
+def test_steps_of_weights_that_zero_has_gathered_are_recorded(tmp_path, gather, steps):
     """PPO under ZeRO 3, on one GPU, gives the answers of PPO alone and learns as it does."""
     pytest.importorskip("deepspeed")
     for folder in ("alone", "zero"):
@@ -376,10 +377,10 @@ def test_steps_of_weights_that_zero_has_gathered_are_recorded(tmp_path):
     alone = tiny.history(ppo.run(ppo_args(tmp_path / "alone")))
     (tmp_path / "zero.py").write_text(WITH_ZERO)
     words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/zero3.yaml"]
-    words += ["--num_processes", "1", "--main_process_port", "0", str(tmp_path / "zero.py"), str(tmp_path / "zero")]
+    words += ["--num_processes", "1", "--main_process_port", "0", str(tmp_path / "zero.py"), str(tmp_path / "zero"), str(gather)]
     done = tiny.launch(words, CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "recorded [8, 8, 8]" in done.stdout
+    assert f"recorded {steps}" in done.stdout
     lines = tiny.history(registry.require("ppo", "tiny"))
     assert len(lines) == len(alone) == 3
     for line, expected in zip(lines, alone):

@@ -126,13 +126,17 @@ class Memory:
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of a model in training: weights, gradients, optimiser, communication buffers; host: in the machine's memory."""
+    """Bytes of a model in training: weights, gradients, optimiser, communication buffers; host: in the machine's memory.
+
+    live: weights that ZeRO 3 has gathered for a step, of which a rollout has none: there whole models are gathered.
+    """
 
     weights: float
     gradients: float
     optimizer: float
     buffers: float = 0.0
     host: float = 0.0
+    live: float = 0.0
 
     @property
     def total(self) -> float:
@@ -188,8 +192,8 @@ def states(shape: Shape, parameters: int, job: Job, setup: Setup) -> States:
     layer = shape.matrix_parameters // shape.layers  # gathered at once, even where it is more than may be live
     gathered = each * min(n, max(MAX_LIVE, layer))
     if sharding.offload:
-        return States(0, 0, 0, buckets + gathered, host=each * n / world + gradients + optimizer)
-    return States(each * n / world, gradients, optimizer, buckets + gathered)
+        return States(0, 0, 0, buckets, host=each * n / world + gradients + optimizer, live=gathered)
+    return States(each * n / world, gradients, optimizer, buckets, live=gathered)
 
 
 # ------------------------------------------------------------------------------------------------------------------ stages
@@ -225,7 +229,7 @@ def _training(
     Gradients stay from one micro-batch of a step to the next. Where it has but one they come as activations go: all of them are
     there for the first layer's alone.
     """
-    fixed = {"weights": held.weights, "optimizer": held.optimizer, "buffers": held.buffers}
+    fixed = {"weights": held.weights, "optimizer": held.optimizer, "buffers": held.buffers + held.live}
     learned = fixed | {"gradients": held.gradients}
     first_layer = act.block(shape, p) + _weight_copies(shape, p, setup) + act.backward_of_a_layer(shape, p)
     several = items(stage, job) > setup.micro
@@ -260,7 +264,11 @@ def ppo(job: Job, setup: Setup) -> Memory:
         "critic": critic.weights + critic.optimizer,
         "ema": ema_bytes(job, setup),
     }
-    gradients = {"gradients": policy.gradients, "critic": fixed["critic"] + critic.gradients}
+    learning = {
+        "buffers": fixed["buffers"] + max(policy.live, critic.live),
+        "gradients": policy.gradients,
+        "critic": fixed["critic"] + critic.gradients,
+    }
     phases = {
         "prefill": {
             **fixed,
@@ -269,8 +277,8 @@ def ppo(job: Job, setup: Setup) -> Memory:
         },
         "decode": {**fixed, "kv_cache": kv_cache(job, setup), "activations": _decode(job, setup)},
         "score": {**fixed, "activations": _score(job, setup)},
-        "update": {**fixed, **gradients, "activations": ppo_update(job, setup)},
-        "step": {**fixed, **gradients, "activations": sum(_step_transient(h, job, setup) for h in (policy, critic))},
+        "update": {**fixed, **learning, "activations": ppo_update(job, setup)},
+        "step": {**fixed, **learning, "activations": sum(_step_transient(h, job, setup) for h in (policy, critic))},
     }
     host = policy.host + critic.host
     if setup.sharding.offload:
@@ -300,7 +308,7 @@ def kv_cache(job: Job, setup: Setup, length: int | None = None) -> int:
 
 def prefilled(job: Job, setup: Setup) -> int | None:
     """Tokens that the cache has room for in the prefill: all, where it has its final size from the start (`rlhf.decoding`)."""
-    grows = job.device == "cpu" or setup.sharding.level == 3 or setup.method == "qlora"
+    grows = job.device == "cpu" or (setup.sharding.level == 3 and not setup.gather)
     return job.prompt if grows else None
 
 
