@@ -377,7 +377,15 @@ def test_steps_of_weights_that_zero_has_gathered_are_recorded(tmp_path, gather, 
     alone = tiny.history(ppo.run(ppo_args(tmp_path / "alone")))
     (tmp_path / "zero.py").write_text(WITH_ZERO)
     words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/zero3.yaml"]
-    words += ["--num_processes", "1", "--main_process_port", "0", str(tmp_path / "zero.py"), str(tmp_path / "zero"), str(gather)]
+    words += [
+        "--num_processes",
+        "1",
+        "--main_process_port",
+        "0",
+        str(tmp_path / "zero.py"),
+        str(tmp_path / "zero"),
+        str(gather),
+    ]
     done = tiny.launch(words, CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"recorded {steps}" in done.stdout
