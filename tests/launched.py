@@ -22,7 +22,27 @@ def kill_process_1_after_step_7() -> None:
     training.MarkComplete.on_step_begin = kill  # of the step after it
 
 
+def drive_fsdp_on_cpus() -> None:
+    """PyTorch shards modules over CPU processes, too; accelerate only drives it where it thinks of GPUs."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    import rlhf.cli
+
+    started = PartialState.__init__
+
+    def start(self, *args, **kwargs):
+        started(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = start
+    rlhf.cli.check_launch = lambda: None  # which refuses it
+
+
 def main() -> None:
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("ACCELERATE_USE_CPU") == "true":
+        drive_fsdp_on_cpus()
     words = sys.argv[1:]
     stages = list(zip(words[::2], words[1::2]))
     for i, (stage, config) in enumerate(stages):

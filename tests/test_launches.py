@@ -30,9 +30,10 @@ from rlhf.planning.shapes import BUILT_IN
 from rlhf.registry import Registry
 
 RUN = {"pretrain": pretrain.run, "sft": sft.run, "reward": reward.run, "ppo": ppo.run}
-STRATEGIES = ["cpu_ddp", "zero1", "zero2", "zero3", "zero3_offload"]
+STRATEGIES = ["cpu_ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"]
+WITHOUT_DEEPSPEED = ["cpu_ddp", "fsdp2"]
 ARCHITECTURES = ["gpt2", "opt"]
-WITH_ADAPTERS = {"cpu_ddp": "opt", "zero2": "gpt2", "zero3": "opt"}
+WITH_ADAPTERS = {"cpu_ddp": "opt", "zero2": "gpt2", "zero3": "opt", "fsdp2": "gpt2"}
 WITH_MUON = {
     "cpu_ddp": "gpt2",
     "zero1": "opt",
@@ -51,6 +52,8 @@ def command(strategy, *words, tmp_path=None):
     options = ["--config_file", f"configs/accelerate/{strategy}.yaml", "--num_processes", str(PROCESSES)]
     if strategy.startswith("zero3"):
         options += ["--deepspeed_config_file", nothing_stays_whole(strategy, tmp_path)]
+    if strategy == "fsdp2":
+        options += ["--mixed_precision", "no"]  # what is compared is float32
     return [tiny.program("accelerate"), "launch", *options, "--main_process_port", "0", *words]
 
 
@@ -70,7 +73,7 @@ def nothing_stays_whole(strategy, tmp_path):
 
 
 def variables(strategy):
-    return {"ACCELERATE_USE_CPU": "true"} if strategy == "cpu_ddp" else {"DS_ACCELERATOR": "cpu"}
+    return {"ACCELERATE_USE_CPU": "true"} if strategy in WITHOUT_DEEPSPEED else {"DS_ACCELERATOR": "cpu"}
 
 
 def stage_args(tmp_path, processes):
@@ -173,7 +176,7 @@ def alone(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "strategy", [pytest.param(s, marks=[] if s == "cpu_ddp" else [needs_deepspeed]) for s in STRATEGIES]
+    "strategy", [pytest.param(s, marks=[] if s in WITHOUT_DEEPSPEED else [needs_deepspeed]) for s in STRATEGIES]
 )
 def test_two_processes_follow_one(tmp_path, alone, strategy):
     kinds = [(architecture, "whole") for architecture in ARCHITECTURES]
@@ -197,7 +200,7 @@ def test_two_processes_follow_one(tmp_path, alone, strategy):
         if kind == "adapters":
             assert_adapters_follow(alone(architecture, kind), registry)
         else:
-            launched = "deepspeed" if strategy.startswith("zero") else "multi_cpu"
+            launched = {"cpu_ddp": "multi_cpu", "fsdp2": "fsdp"}.get(strategy, "deepspeed")
             assert_follows(alone(architecture, kind), registry, launched)
     if pretrains:
         one = pretrain.run(pretrain_args(tmp_path / "alone", 1))

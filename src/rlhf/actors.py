@@ -78,6 +78,7 @@ class ActorCritic(nn.Module):
         self.policy, self.critic = policy, critic
         self.weight_bytes = 0  # of these two, reference and reward models together
         self.every_part_uses_all = False  # set by an engine that needs a gradient of each parameter from each forward
+        self._no_split_modules: list[str] = []  # the classes of its layers, for an engine that gathers one at a time
 
     def forward(self, rows: Rows | None, temperature: float, banned: Tensor, text: Tensor | None = None) -> Any:
         """Log-probabilities and values [B, T] of the responses in `rows`; or log-probabilities [b, L-1] of raw text [b, L]."""
@@ -144,7 +145,9 @@ def load_models(
 
 
 def spreads_weights(accelerator: Accelerator) -> bool:
-    """Whether each process holds a piece of the weights only (ZeRO 3), so that no other model can stand on them."""
+    """Whether each process holds a piece of the weights only (ZeRO 3, FSDP), so that no other model can stand on them."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return True
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     return deepspeed and accelerator.state.deepspeed_plugin.zero_stage == 3
 

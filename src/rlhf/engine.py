@@ -1,4 +1,4 @@
-"""One engine for policy and critic, whatever drives it: a process alone, data parallelism, or DeepSpeed's ZeRO.
+"""One engine for policy and critic, whatever drives it: a process alone, data parallelism, DeepSpeed's ZeRO, or FSDP 2.
 
 An Accelerator drives one DeepSpeed engine: a second prepared model would never step, in silence. So policy and critic are one
 module with two parameter groups, entered through the engine's forward. What a loop of our own does between its forwards
@@ -8,6 +8,8 @@ module with two parameter groups, entered through the engine's forward. What a l
 from __future__ import annotations
 
 import contextlib
+import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -183,6 +185,60 @@ class ZeroEngine(Engine):
         return self.stage == 3
 
 
+class FsdpEngine(Engine):
+    """PyTorch's FSDP 2: weights, gradients and optimiser states spread over the processes.
+
+    A layer is whole for its own forward and backward, and gradients are spread after each part of a step.
+    """
+
+    def __init__(self, accelerator: Accelerator, model: Any, optimizer: torch.optim.Optimizer):
+        plugin = accelerator.state.fsdp_plugin
+        keep_results_precise(plugin)
+        self.dtype = getattr(plugin.mixed_precision_policy, "param_dtype", None)
+        # What accelerate asks a transformers model for.
+        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        model._no_split_modules = sorted({type(layer).__name__ for layer in layers})
+        super().__init__(accelerator, model, optimizer)
+        self.mesh = next(model.parameters()).device_mesh
+
+    def backward(self, work: Sequence[Callable[[], Tensor]]) -> None:
+        for part in work:
+            self.accelerator.backward(part())
+
+    def clip(self, parts: dict[str, nn.Module], limit: float) -> dict[str, float]:
+        norms = {}
+        for name, part in parts.items():
+            norm = nn.utils.get_total_norm([p.grad for p in part.parameters() if p.grad is not None])
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            nn.utils.clip_grads_with_norm_(part.parameters(), limit, norm)
+            norms[name] = float(norm)
+        return norms
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()  # the weights themselves are bfloat16 in a forward
+
+    def freeze(self, models: Iterable[Any]) -> None:
+        """The dtype of the policy's forward, so that the reference starts equal to it; spread over the processes."""
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        for model in models:
+            nn.Module.to(model, self.dtype)
+            spread: dict[Tensor, nn.Parameter] = {}  # a tied weight stays one
+            for module, name, p in _places(model):
+                if p not in spread:
+                    # Every process has all of it.
+                    piece = distribute_tensor(p.detach(), self.mesh, [Shard(0)], src_data_rank=None)
+                    spread[p] = nn.Parameter(piece, requires_grad=False)
+                module._parameters[name] = spread[p]
+
+    def whole(self, model: Any) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if model is None else whole(self.model, model, self.dtype)
+
+    @property
+    def sharded(self) -> bool:
+        return True
+
+
 def prepare(
     accelerator: Accelerator, model: Any, optimizer: torch.optim.Optimizer, micro_batch: int, gather: bool = True
 ) -> Engine:
@@ -194,6 +250,8 @@ def prepare(
         refuse_muon_under_fsdp(accelerator)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return ZeroEngine(accelerator, model, optimizer, micro_batch, gather)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return FsdpEngine(accelerator, model, optimizer)
     return Engine(accelerator, model, optimizer)
 
 
@@ -217,6 +275,17 @@ def refuse_muon_under_fsdp(accelerator: Accelerator) -> None:
         )
 
 
+def keep_results_precise(plugin: Any) -> None:
+    """Under bf16 accelerate has FSDP round what a model returns to bfloat16, and add gradients in it; here weights alone are."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy = plugin.mixed_precision_policy
+    if policy is not None:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=policy.param_dtype, reduce_dtype=torch.float32, output_dtype=None
+        )
+
+
 def gather_by_layer(model: nn.Module, stage: int) -> None:
     """Has ZeRO 3 gather a transformer layer at once, as FSDP does, and not each of its modules by itself.
 
@@ -231,6 +300,8 @@ def gather_by_layer(model: nn.Module, stage: int) -> None:
 def prepare_trainer(trainer: Any, optim: str) -> None:
     """Before transformers' Trainer makes an engine of its model and optimiser: the same refusals, whole layers, and Muon."""
     plugin = trainer.accelerator.state.deepspeed_plugin
+    if trainer.accelerator.distributed_type == DistributedType.FSDP:
+        keep_results_precise(trainer.accelerator.state.fsdp_plugin)
     cls, kwargs = trainer.get_optimizer_cls_and_kwargs(trainer.args)
     if optim == "muon":
         refuse_muon_under_fsdp(trainer.accelerator)
@@ -272,32 +343,92 @@ def gathered(parameters: Iterable[Any], modify: bool = False) -> Iterator[None]:
 
 
 def is_whole(parameter: Any) -> bool:
-    """Whether all of it is on this process now, and not only the piece that ZeRO 3 left here."""
-    return not hasattr(parameter, "ds_id") or parameter.ds_status.name == "AVAILABLE"
+    """Whether all of it is on this process now, and not only the piece that ZeRO 3 or FSDP left here."""
+    if hasattr(parameter, "ds_id"):
+        return bool(parameter.ds_status.name == "AVAILABLE")
+    return not hasattr(parameter, "full_tensor")
 
 
 @contextlib.contextmanager
-def whole(engine: Any, model: Any) -> Iterator[None]:
-    """`model` with all of its weights for the block, gathered once, for forwards outside of the engine's."""
+def weights_of(model: nn.Module, modify: bool = False, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """`gathered` for all weights of a model, whether ZeRO 3 or FSDP spreads them; under FSDP in `dtype`, where one is given.
+
+    Under FSDP whole tensors take the place of the pieces, for forwards without gradient.
+    """
+    wholes: dict[Any, nn.Parameter] = {}
+    pieces = [place for place in _places(model) if hasattr(place[2], "full_tensor")]
+    hooks = _set_aside(model.modules() if pieces else (), "_load_state_dict_post_hooks")  # which look for pieces
+    with torch.no_grad(), gathered(model.parameters(), modify), hooks:
+        for module, name, piece in pieces:
+            if piece not in wholes:
+                wholes[piece] = nn.Parameter(piece.full_tensor().to(dtype or piece.dtype), requires_grad=False)
+            module._parameters[name] = wholes[piece]
+        try:
+            yield
+        finally:
+            for module, name, piece in pieces:
+                module._parameters[name] = piece
+        if modify:
+            for piece, new in wholes.items():
+                put([piece], [_piece_of(new, piece)])
+
+
+def _places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Where the parameters of a model are; a tied one is in several places."""
+    return [(module, name, p) for module in model.modules() for name, p in module._parameters.items() if p is not None]
+
+
+def _piece_of(tensor: Tensor, like: Any) -> Tensor:
+    """This process's piece of the first process's tensor, cut as `like` is."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.detach(), like.device_mesh, like.placements).to_local()
+
+
+@contextlib.contextmanager
+def whole(engine: Any, model: Any, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """`model` with all of its weights for the block, gathered once, for forwards outside of the engine's; see `weights_of`."""
     settle(engine)
-    with gathered(model.parameters()), without_hooks(engine):
+    with weights_of(model, dtype=dtype), without_hooks(engine):
         yield
 
 
 @contextlib.contextmanager
 def without_hooks(engine: Any) -> Iterator[None]:
-    """The engine's module without ZeRO 3's hooks, which would release weights again after each module's forward."""
+    """The engine's module without the hooks of ZeRO 3 or FSDP, which would gather and release weights at each layer."""
     offload = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
-    if offload is None:
-        yield
-        return
-    for hook in (*offload.forward_hooks, *offload.backward_hooks):
-        hook.remove()
-    offload.forward_hooks, offload.backward_hooks = [], []
+    if offload is not None:
+        for hook in (*offload.forward_hooks, *offload.backward_hooks):
+            hook.remove()
+        offload.forward_hooks, offload.backward_hooks = [], []
+    try:
+        with _set_aside(_fsdp_modules(engine), "_forward_pre_hooks", "_forward_hooks"):
+            yield
+    finally:
+        if offload is not None:
+            offload._register_deepspeed_module(offload.module)
+
+
+def _fsdp_modules(model: Any) -> list[Any]:
+    """The modules that FSDP gathers one at a time; none under another strategy."""
+    if "torch.distributed.fsdp" not in sys.modules or not isinstance(model, nn.Module):
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+@contextlib.contextmanager
+def _set_aside(modules: Iterable[nn.Module], *kinds: str) -> Iterator[None]:
+    """Modules without their hooks of some kinds, for the time of the block."""
+    kept = [(module, kind, getattr(module, kind)) for module in modules for kind in kinds]
+    for module, kind, _ in kept:
+        setattr(module, kind, OrderedDict())
     try:
         yield
     finally:
-        offload._register_deepspeed_module(offload.module)
+        for module, kind, hooks in kept:
+            setattr(module, kind, hooks)
 
 
 @contextlib.contextmanager
@@ -361,7 +492,12 @@ class Passing:
 
 
 def settle(engine: Any) -> None:
-    """Ends what ZeRO 3 has fetched ahead for a forward that does not follow, so that weights can be gathered and written."""
+    """Ends what ZeRO 3 has fetched ahead for a forward that does not follow, or FSDP kept whole after the last one.
+
+    Then weights can be gathered and written.
+    """
+    for module in _fsdp_modules(engine):
+        module.reshard()
     offload = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
     if offload is not None:
         offload.partition_all_parameters()
@@ -375,12 +511,32 @@ def state_dict(accelerator: Accelerator, model: Any) -> Any:
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     if deepspeed and accelerator.state.deepspeed_plugin.zero_stage < 3:
         return accelerator.unwrap_model(model).state_dict()
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return _whole_state(model, keep=accelerator.is_main_process)
     return accelerator.get_state_dict(model)
 
 
+@torch.no_grad()
+def _whole_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """The state dict of a module that FSDP spreads, in the machine's memory where it is kept."""
+    settle(model)
+    found: dict[str, Tensor] = {}
+    wholes: dict[Any, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor not in wholes:
+            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+            wholes[tensor] = whole.cpu() if keep else whole.new_empty(0)
+        found[name] = wholes[tensor]
+    return found if keep else {}
+
+
+@torch.no_grad()
 def local(parameters: Iterable[Any]) -> list[Tensor]:
-    """What this process holds of each parameter: its piece under ZeRO 3, else the whole."""
-    return [p.ds_tensor.data if hasattr(p, "ds_id") else p.data for p in parameters]
+    """What this process holds of each parameter: its piece under ZeRO 3 and FSDP, else the whole."""
+    return [
+        p.ds_tensor.data if hasattr(p, "ds_id") else p.to_local() if hasattr(p, "to_local") else p.data
+        for p in parameters
+    ]
 
 
 @torch.no_grad()

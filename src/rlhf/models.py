@@ -30,7 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from rlhf import RLHFError, adapters
 from rlhf.bases import Start, loading_quantized, quantization, start_of
 from rlhf.data.encode import chat_template
-from rlhf.engine import gathered
+from rlhf.engine import gathered, weights_of
 from rlhf.objectives import token_logprobs
 from rlhf.unembed import logprobs, low_precision_of
 
@@ -418,7 +418,7 @@ def add_reward_bias(model: Any, bias: float) -> str:
     w·(h + b·w/|w|²) = w·h + b. Models whose last norm has none (RMSNorm) get `reward_bias` in the config, which only we apply.
     """
     model = adapters.plain(model)
-    with gathered(model.parameters(), modify=True):
+    with weights_of(model, modify=True):
         return _add_reward_bias(model, bias)
 
 

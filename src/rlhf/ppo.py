@@ -129,10 +129,13 @@ def make_accelerator(args: PPOArgs, work: Path) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=str(work), logging_dir=str(log_folder(work))),
         kwargs_handlers=handlers,
     )
-    known = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.DEEPSPEED)
+    known = (
+        *(DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU),
+        *(DistributedType.DEEPSPEED, DistributedType.FSDP),
+    )
     if accelerator.distributed_type not in known:
         raise TrainingError(
-            f"PPO runs on one process, under data parallelism and under ZeRO, not under {accelerator.distributed_type.value}; "
+            f"PPO runs on one process, under data parallelism, ZeRO and FSDP, not under {accelerator.distributed_type.value}; "
             "launch with --config_file configs/accelerate/zero3.yaml"
         )
     return accelerator

@@ -26,7 +26,7 @@ from rlhf.config import SFTArgs
 from rlhf.data import fingerprint
 from rlhf.data.encode import blocks, encode_demonstrations, encode_prompts
 from rlhf.data.records import prompt_text
-from rlhf.engine import gathered, prepare_trainer, settle, whole
+from rlhf.engine import gathered, prepare_trainer, settle, state_dict, weights_of, whole
 from rlhf.evaluation import answer, score_answers
 from rlhf.models import (
     accepts,
@@ -198,12 +198,13 @@ class ChooseByReward(TrainerCallback):
             rows = [prompt + tokens for prompt, tokens in zip(answers.prompts, answers.tokens)]
             with gathered(self.reward.parameters()):
                 score = float(score_answers(self.reward.to(model.device), self.tokenizer, rows).mean())
-            model.train(training)
-            state.log_history.append({"epoch": state.epoch, "step": state.global_step, "eval_reward": score})
-            if state.is_world_process_zero and score > self.best().get("eval_reward", float("-inf")):
-                with quiet():
-                    adapters.save(model, self.folder)
-                (self.folder / "best.json").write_text(json.dumps({"eval_reward": score, "epoch": state.epoch}))
+        model.train(training)
+        state.log_history.append({"epoch": state.epoch, "step": state.global_step, "eval_reward": score})
+        weights = state_dict(self.trainer.accelerator, self.trainer.model_wrapped)
+        if state.is_world_process_zero and score > self.best().get("eval_reward", float("-inf")):
+            with quiet():
+                adapters.save(model, self.folder, weights)
+            (self.folder / "best.json").write_text(json.dumps({"eval_reward": score, "epoch": state.epoch}))
 
     def best(self) -> dict[str, Any]:
         found = self.folder / "best.json"
@@ -214,11 +215,11 @@ class ChooseByReward(TrainerCallback):
         synchronise()
         settle(self.trainer.model_wrapped)
         if self.args.use_peft:
-            with gathered(model.parameters(), modify=True):
+            with weights_of(model, modify=True):
                 adapters.restore(model, self.folder)
         else:
             chosen = load_policy(self.folder, self.tokenizer)
-            with gathered(chosen.parameters()), gathered(model.parameters(), modify=True):
+            with gathered(chosen.parameters()), weights_of(model, modify=True):
                 model.load_state_dict(chosen.state_dict())
         return {f"chosen_{name}": value for name, value in self.best().items()}
 
