@@ -364,14 +364,14 @@ def describe(model: Any) -> str:
 def keep_only_trained(accelerator: Any, model: nn.Module) -> None:
     """Training checkpoints then hold what is trained, not the base; a resume over another base or adapter is refused.
 
-    DeepSpeed writes and reads the weights itself, all of them: with it only the bases are compared.
+    DeepSpeed and FSDP write and read the weights themselves, all of them: with them only the bases are compared.
     """
     started = {name: getattr(part, "started_from", None) for name, part in model.named_children()}
     bases = {name: base.sha256 for name, base in started.items() if isinstance(base, Base)}
     if not bases:
         return
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         parameters = {}
 
     def write(models: list[Any], weights: list[Any], folder: str) -> None:

@@ -246,8 +246,6 @@ def prepare(
 
     gather: whether ZeRO 3 has room for a whole model on each process in `Engine.whole`; else a layer is whole at a time.
     """
-    if isinstance(optimizer, Muon):
-        refuse_muon_under_fsdp(accelerator)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return ZeroEngine(accelerator, model, optimizer, micro_batch, gather)
     if accelerator.distributed_type == DistributedType.FSDP:
@@ -263,15 +261,6 @@ def refuse_other_than_adam(config: dict[str, Any], optimizer: type[torch.optim.O
         raise EngineError(
             f"optim: an offloaded optimiser is DeepSpeed's CPU Adam, and {optimizer.__name__} was asked for; set it to "
             "adamw_torch, or launch without offload"
-        )
-
-
-def refuse_muon_under_fsdp(accelerator: Accelerator) -> None:
-    """Muon's step is a function of a whole matrix, and how FSDP lays out its pieces is not known here."""
-    if accelerator.distributed_type == DistributedType.FSDP:
-        raise EngineError(
-            "optim: muon needs whole matrices, and FSDP gives each process pieces of them; launch with DDP or ZeRO "
-            "(configs/accelerate), or set adamw_torch"
         )
 
 
@@ -304,7 +293,6 @@ def prepare_trainer(trainer: Any, optim: str) -> None:
         keep_results_precise(trainer.accelerator.state.fsdp_plugin)
     cls, kwargs = trainer.get_optimizer_cls_and_kwargs(trainer.args)
     if optim == "muon":
-        refuse_muon_under_fsdp(trainer.accelerator)
         cls, kwargs = Muon, {**kwargs, "matrices": hidden_matrices(trainer.model)}
         trainer.optimizer_cls_and_kwargs = (cls, kwargs)
         trainer.add_callback(SpreadMuon(trainer))

@@ -50,6 +50,7 @@ class Muon(torch.optim.AdamW):
             elif mine["params"]:
                 groups.append(mine)
         self.param_groups = groups
+        self.counts = [[matrices.get(p, 0) for p in group["params"]] for group in groups]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -60,10 +61,13 @@ class Muon(torch.optim.AdamW):
             loss = super().step(closure)
         finally:
             self.param_groups = groups
-        for group in groups:
+        for group, counts in zip(groups, self.counts):
             mine = [p for p in group["params"] if group["muon"] and p.grad is not None]
+            share = self.share
+            if mine and hasattr(mine[0], "full_tensor"):  # FSDP has put pieces in the place of the parameters
+                share, self.matrices = in_pieces, self.matrices | dict(zip(group["params"], counts))
             ahead = [self._nesterov(p) for p in mine]
-            steps = self.share(mine, ahead, self.steps) if self.share and mine else self.steps(mine, ahead)
+            steps = share(mine, ahead, self.steps) if share and mine else self.steps(mine, ahead)
             for p, step in zip(mine, steps):
                 p.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-group["lr"])
         return loss
@@ -138,7 +142,7 @@ def newton_schulz(matrices: Tensor) -> Tensor:
 
 
 def spread(optimizer: Any) -> None:
-    """Shares the work of a Muon that accelerate has prepared, if it is one, out to the processes.
+    """Shares the work of a Muon that accelerate has prepared, if it is one, out to the processes; FSDP's pieces it sees itself.
 
     Under DDP each takes the steps of some parameters. Under ZeRO a process steps one flat tensor of a group, in which it has its
     pieces of the parameters.
@@ -183,6 +187,26 @@ def in_turns(parameters: Sequence[Tensor], gradients: Sequence[Tensor], steps: S
     for hand, theirs in zip(hands, everyones(row)):
         for i, step in zip(hand, theirs[: sum(sizes[i] for i in hand)].split([sizes[i] for i in hand])):
             found[i] = step.view_as(parameters[i])
+    return found
+
+
+def in_pieces(parameters: Sequence[Any], gradients: Sequence[Any], steps: Steps) -> list[Tensor]:
+    """FSDP: a process has a piece of each parameter. Each gets some of them whole, and hands out the pieces of their steps."""
+    from torch.distributed.tensor import distribute_tensor
+
+    hands = dealt([p.numel() for p in parameters], dist.get_world_size())
+    mine = hands[dist.get_rank()]
+    wholes = {}
+    for i, gradient in enumerate(gradients):
+        whole = gradient.full_tensor()
+        if i in mine:
+            wholes[i] = whole
+    taken = dict(zip(mine, steps([parameters[i] for i in mine], [wholes[i] for i in mine])))
+    found = list(gradients)
+    for rank, hand in enumerate(hands):
+        for i in hand:
+            step = taken[i] if i in taken else torch.empty(parameters[i].shape, device=parameters[i].device)
+            found[i] = distribute_tensor(step, parameters[i].device_mesh, parameters[i].placements, src_data_rank=rank)
     return found
 
 
