@@ -430,8 +430,10 @@ def measure(shape: Shape, case: Case, folder: Path, steps: int, smoke: bool, pea
 
 
 def label(case: Case) -> str:
-    """A row's options; a launch by DeepSpeed adds its file's name."""
+    """A row's options; a launch by DeepSpeed adds its file's name, one by FSDP says so."""
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        file = "fsdp2"
     return f"{case.label}, {Path(file).stem}" if file else case.label
 
 

@@ -354,7 +354,7 @@ def test_steps_of_eight_bit_layers_are_not(tmp_path):
     assert not can_preallocate(load_policy(base, load_tokenizer(base), peft=args))
 
 
-WITH_ZERO = """
+SPREAD = """
 import pathlib, sys
 sys.path.insert(0, "tests")
 from rlhf import ppo
@@ -367,23 +367,25 @@ print("recorded", recorded)
 """
 
 
-@pytest.mark.parametrize(("gather", "steps"), [(True, [8, 8, 8]), (False, [])])
-def test_steps_of_weights_that_zero_has_gathered_are_recorded(tmp_path, gather, steps):
-    """PPO under ZeRO 3, on one GPU, gives the answers of PPO alone and learns as it does."""
+@pytest.mark.parametrize(
+    ("launch", "gather", "steps"), [("zero3", True, [8, 8, 8]), ("zero3", False, []), ("fsdp2", True, [8, 8, 8])]
+)
+def test_steps_of_weights_that_are_gathered_are_recorded(tmp_path, launch, gather, steps):
+    """PPO under ZeRO 3 and FSDP, on one GPU, gives the answers of PPO alone and learns as it does."""
     pytest.importorskip("deepspeed")
-    for folder in ("alone", "zero"):
+    for folder in ("alone", "spread"):
         (tmp_path / folder).mkdir()
         registry = stages(tmp_path / folder)
     alone = tiny.history(ppo.run(ppo_args(tmp_path / "alone")))
-    (tmp_path / "zero.py").write_text(WITH_ZERO)
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/zero3.yaml"]
+    (tmp_path / "spread.py").write_text(SPREAD)
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{launch}.yaml"]
     words += [
         "--num_processes",
         "1",
         "--main_process_port",
         "0",
-        str(tmp_path / "zero.py"),
-        str(tmp_path / "zero"),
+        str(tmp_path / "spread.py"),
+        str(tmp_path / "spread"),
         str(gather),
     ]
     done = tiny.launch(words, CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0"))

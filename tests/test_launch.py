@@ -19,6 +19,8 @@ from rlhf.launch import LaunchError, check_launch, ran_out_of_memory
 from rlhf.muon import Muon
 from rlhf.planning.advice import memory_advice, setup_of
 
+FSDP_2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
 
 @pytest.mark.parametrize(
     ("gpus", "environment", "says"),
@@ -29,6 +31,19 @@ from rlhf.planning.advice import memory_advice, setup_of
         (0, {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, "2 processes .* as many GPUs, and there is none"),
         (0, {"ACCELERATE_USE_FSDP": "true"}, "FSDP is for CUDA"),
         (4, {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_CPU": "true"}, "FSDP is for CUDA"),
+        (
+            1,
+            {"ACCELERATE_USE_FSDP": "true"},
+            "^fsdp_version is 1: .*; set it to 2, as in configs/accelerate/fsdp2.yaml$",
+        ),
+        (
+            1,
+            FSDP_2 | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+            "^fsdp_cpu_ram_efficient_loading is true: .* to false,",
+        ),
+        (1, FSDP_2 | {"FSDP_OFFLOAD_PARAMS": "True"}, "^fsdp_offload_params is true: .*; set it to false,"),
+        (1, FSDP_2 | {"FSDP_OFFLOAD_PARAMS": "false", "FSDP_CPU_RAM_EFFICIENT_LOADING": "False"}, None),
+        (1, {"FSDP_OFFLOAD_PARAMS": "true"}, None),
         (0, {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "true"}, "switches DeepSpeed off in silence"),
         (2, {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, None),
         (0, {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}, None),
@@ -41,6 +56,8 @@ def test_a_launch_that_cannot_work_is_refused(monkeypatch, gpus, environment, sa
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", *(f"ACCELERATE_USE_{x}" for x in ("CPU", "DEEPSPEED", "FSDP"))):
         monkeypatch.delenv(name, raising=False)
+    for name in ("VERSION", "CPU_RAM_EFFICIENT_LOADING", "OFFLOAD_PARAMS"):
+        monkeypatch.delenv(f"FSDP_{name}", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     if says is None:

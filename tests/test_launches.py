@@ -340,8 +340,9 @@ def with_tests_on_the_path(**more):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", [pytest.param("zero3", marks=needs_deepspeed), "fsdp2"])
 def test_every_stage_survives_a_process_that_fails(tmp_path, strategy):
-    """SFT and the reward model lose process 1 after step 7, PPO's reward function raises there in the third rollout, with whole
-    weights and with adapters (the weights are spread). Each launch ends with a failure, and the next one goes on from the checkpoint.
+    """Where weights are spread. SFT and the reward model lose process 1 after step 7, PPO's reward function raises there in the
+    third rollout, with whole weights and with adapters. Each launch ends with a failure, and the next one goes on from the
+    checkpoint.
     """
 
     def trainers(folder, processes, **changes):

@@ -2,17 +2,14 @@
 
 import copy
 import importlib
-from types import SimpleNamespace
 
 import pytest
 import test_ppo
 import tiny
 import torch
-from accelerate.utils import DistributedType
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from rlhf import muon
-from rlhf.engine import EngineError, prepare, prepare_trainer
 from rlhf.muon import Muon, dealt, hidden_matrices, orthogonal
 
 
@@ -173,20 +170,6 @@ def test_ppo_trains_policy_and_critic_by_it_at_their_rates(tmp_path):
     assert isinstance(optimizer, Muon) and len(optimizer.matrices) == 16
     rates = [(group["part"], group["muon"], group["lr"]) for group in optimizer.param_groups]
     assert rates == [("policy", True, 1e-3), ("policy", False, 1e-3), ("critic", True, 2e-3), ("critic", False, 2e-3)]
-
-
-def test_refuses_where_it_does_not_know_the_pieces_of_matrices():
-    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, state=SimpleNamespace(deepspeed_plugin=None))
-    model = gpt2()
-    trainer = SimpleNamespace(
-        accelerator=accelerator, args=None, get_optimizer_cls_and_kwargs=lambda args: (torch.optim.AdamW, {})
-    )
-    for start in (
-        lambda: prepare(accelerator, model, Muon(model.parameters(), {}), 1),
-        lambda: prepare_trainer(trainer, "muon"),
-    ):
-        with pytest.raises(EngineError, match=r"^optim: muon needs whole matrices, and .* set adamw_torch$"):
-            start()
 
 
 def test_matrices_and_other_parameters_are_groups_apart_with_the_settings_of_theirs():

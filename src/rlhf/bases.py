@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -204,9 +205,9 @@ def loading_quantized(chosen: Mapping[str, Any] | None) -> dict[str, Any]:
         raise AdapterError(
             "load_in_4bit and load_in_8bit need bitsandbytes; pip install 'rlhf[quant]', or leave them out"
         )
-    if is_deepspeed_zero3_enabled():
+    if is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise AdapterError(
-            "load_in_4bit and load_in_8bit: quantised weights are not spread over processes (ZeRO 3); launch with "
+            "load_in_4bit and load_in_8bit: quantised weights are not spread over processes (ZeRO 3, FSDP); launch with "
             "--config_file configs/accelerate/zero2.yaml, or leave them out"
         )
     device: Any = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"

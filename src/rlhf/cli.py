@@ -103,9 +103,9 @@ def silence_libraries() -> None:
     for name in ("bitsandbytes", "DeepSpeed", "torch.distributed.elastic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("accelerate.utils.other").addFilter(_is_news)
-    warnings.filterwarnings(
-        "ignore", "`torch.distributed", FutureWarning
-    )  # what DeepSpeed calls, once a call and process
+    # What DeepSpeed calls, once a call and process; and that FSDP's modules return views, which nothing writes into here.
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -202,8 +202,8 @@ def add_plan(commands: Any) -> None:
     add("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of one machine (default: %(default)s)")
     stages = ["sft", "rm", "ppo"]
     add("--stage", nargs="+", choices=stages, default=stages, help="stages to plan (default: all)")
-    strategies = ["ddp", "zero1", "zero2", "zero3", "zero3_offload", "lora", "qlora"]
-    add("--strategy", nargs="+", choices=strategies, help="consider these only, in this order (default: all)")
+    strategies = ["ddp", "zero1", "zero2", "zero3", "zero3_offload", "lora", "qlora", "fsdp2"]
+    add("--strategy", nargs="+", choices=strategies, help="consider these only, in this order (default: all but fsdp2)")
     add("--precision", choices=["bf16", "fp32"], default="bf16", help="default: %(default)s")
     add("--max-length", type=int, metavar="TOKENS", help="sft and rm (default: 2048, or the context)")
     add("--prompt-length", type=int, metavar="TOKENS", help="ppo (default: 1024, or half the context)")

@@ -193,6 +193,7 @@ class FsdpEngine(Engine):
 
     def __init__(self, accelerator: Accelerator, model: Any, optimizer: torch.optim.Optimizer):
         plugin = accelerator.state.fsdp_plugin
+        refuse_optimizers_of_others(type(optimizer))
         keep_results_precise(plugin)
         self.dtype = getattr(plugin.mixed_precision_policy, "param_dtype", None)
         # What accelerate asks a transformers model for.
@@ -264,6 +265,15 @@ def refuse_other_than_adam(config: dict[str, Any], optimizer: type[torch.optim.O
         )
 
 
+def refuse_optimizers_of_others(optimizer: type[torch.optim.Optimizer]) -> None:
+    """FSDP's parameters are DTensors, which kernels of other libraries do not know."""
+    if not optimizer.__module__.startswith("torch.") and not issubclass(optimizer, Muon):
+        raise EngineError(
+            f"optim: FSDP spreads weights as PyTorch's own optimisers know them, and {optimizer.__name__} was asked for; set it "
+            "to adamw_torch or muon, or launch with ZeRO (configs/accelerate)"
+        )
+
+
 def keep_results_precise(plugin: Any) -> None:
     """Under bf16 accelerate has FSDP round what a model returns to bfloat16, and add gradients in it; here weights alone are."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -289,9 +299,10 @@ def gather_by_layer(model: nn.Module, stage: int) -> None:
 def prepare_trainer(trainer: Any, optim: str) -> None:
     """Before transformers' Trainer makes an engine of its model and optimiser: the same refusals, whole layers, and Muon."""
     plugin = trainer.accelerator.state.deepspeed_plugin
-    if trainer.accelerator.distributed_type == DistributedType.FSDP:
-        keep_results_precise(trainer.accelerator.state.fsdp_plugin)
     cls, kwargs = trainer.get_optimizer_cls_and_kwargs(trainer.args)
+    if trainer.accelerator.distributed_type == DistributedType.FSDP:
+        refuse_optimizers_of_others(cls)
+        keep_results_precise(trainer.accelerator.state.fsdp_plugin)
     if optim == "muon":
         cls, kwargs = Muon, {**kwargs, "matrices": hidden_matrices(trainer.model)}
         trainer.optimizer_cls_and_kwargs = (cls, kwargs)
@@ -344,7 +355,7 @@ def weights_of(model: nn.Module, modify: bool = False, dtype: torch.dtype | None
     Under FSDP whole tensors take the place of the pieces, for forwards without gradient.
     """
     wholes: dict[Any, nn.Parameter] = {}
-    pieces = [place for place in _places(model) if hasattr(place[2], "full_tensor")]
+    pieces: list[tuple[nn.Module, str, Any]] = [p for p in _places(model) if hasattr(p[2], "full_tensor")]
     hooks = _set_aside(model.modules() if pieces else (), "_load_state_dict_post_hooks")  # which look for pieces
     with torch.no_grad(), gathered(model.parameters(), modify), hooks:
         for module, name, piece in pieces:

@@ -33,6 +33,8 @@ def check_launch() -> None:
             "FSDP is for CUDA, and no GPU is used here; launch with --config_file configs/accelerate/zero3.yaml, or on CPUs "
             "ACCELERATE_USE_CPU=true accelerate launch --config_file configs/accelerate/cpu_ddp.yaml"
         )
+    if fsdp:
+        refuse_other_fsdp()
     if gpus and here > gpus:
         raise LaunchError(
             f"{here} processes were launched on a machine with {gpus} GPU{'s' * (gpus > 1)}; give --num_processes "
@@ -46,6 +48,18 @@ def check_launch() -> None:
 
     if deepspeed:
         refuse_stale_locks()
+
+
+def refuse_other_fsdp() -> None:
+    """FSDP 1 flattens weights, and what each process does not hold or has elsewhere cannot be gathered for a rollout."""
+    wanted = {"version": "2", "cpu_ram_efficient_loading": "false", "offload_params": "false"}
+    for name, value in wanted.items():
+        found = os.environ.get(f"FSDP_{name.upper()}", "1" if name == "version" else "false").lower()
+        if found != value:
+            raise LaunchError(
+                f"fsdp_{name} is {found}: the stages run under FSDP 2, each process reads the whole checkpoint, and weights stay "
+                f"on the GPU; set it to {value}, as in configs/accelerate/fsdp2.yaml"
+            )
 
 
 def refuse_stale_locks() -> None:
@@ -81,6 +95,8 @@ def ran_out_of_memory(error: BaseException) -> bool:
 def strategy_of_launch() -> str:
     """The name of the launch's strategy, as `rlhf plan` has it."""
     if not _is_set("ACCELERATE_USE_DEEPSPEED"):
+        if _is_set("ACCELERATE_USE_FSDP"):
+            return "fsdp2"
         return "ddp" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "single"
     from accelerate.state import AcceleratorState
 

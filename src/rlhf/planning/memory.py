@@ -3,7 +3,7 @@
 States follow ZeRO's accounting (Rajbhandari et al. 2020, section 3.1): with bf16, a parameter takes 2 bytes of weights, 2 of
 gradients and 12 of optimiser (a float32 copy and Adam's two moments); ZeRO 1 spreads the optimiser over the GPUs, ZeRO 2 the
 gradients too, ZeRO 3 the weights too. Without DeepSpeed, weights, gradients and moments are float32 (4 + 4 + 8), and bf16 is
-autocast on top.
+autocast on top; FSDP 2 spreads all of them.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ class Sharding:
 
     level: int
     offload: bool = False
+    fsdp: bool = False
 
     @property
     def deepspeed(self) -> bool:
-        return self.level > 0
+        return self.level > 0 and not self.fsdp
 
 
 SHARDING = {
@@ -54,6 +55,7 @@ SHARDING = {
     "zero2": Sharding(2),
     "zero3": Sharding(3),
     "zero3_offload": Sharding(3, offload=True),
+    "fsdp2": Sharding(3, fsdp=True),
 }
 
 
@@ -146,6 +148,8 @@ class States:
 def mode(job: Job, setup: Setup) -> Mode:
     if job.precision == "fp32":
         return "fp32"
+    if setup.sharding.fsdp:  # gathers weights in 16 bits
+        return "bf16"
     low = setup.sharding.deepspeed if setup.method == "full" else job.dtype == "bfloat16"
     return "bf16" if low else "autocast"
 
@@ -180,6 +184,14 @@ def states(shape: Shape, parameters: int, job: Job, setup: Setup) -> States:
         buckets = 4 * trained if job.gpus > 1 else 0
         return States(frozen_bytes(shape, parameters, job, setup) + 4 * trained, 4 * trained, 8 * trained, buckets)
     n, world, sharding = parameters, job.gpus, setup.sharding
+    if sharding.fsdp:
+        # Float32 in pieces. In a step the layer at work and the next are whole in 16 bits, and what is outside of the layers all
+        # the time; of the widest of them a gradient, and what is added up of it in float32.
+        each = 2 if job.precision == "bf16" else 4
+        layer = shape.matrix_parameters // shape.layers
+        outside = n - layer * shape.layers
+        live, reduced = each * (outside + 2 * layer), (each + 4) * max(outside, layer)
+        return States(4 * n / world, 4 * n / world, 8 * n / world, live=live + reduced)
     if not sharding.deepspeed:
         # DistributedDataParallel copies gradients into buckets that it keeps.
         return States(4 * n, 4 * n, 8 * n, 4 * n if world > 1 else 0)
@@ -265,7 +277,9 @@ def ppo(job: Job, setup: Setup) -> Memory:
         "ema": ema_bytes(job, setup),
     }
     learning = {
-        "buffers": fixed["buffers"] + max(policy.live, critic.live),
+        # Of FSDP's one module all that is outside of the layers is whole.
+        "buffers": fixed["buffers"]
+        + (policy.live + critic.live if setup.sharding.fsdp else max(policy.live, critic.live)),
         "gradients": policy.gradients,
         "critic": fixed["critic"] + critic.gradients,
     }
@@ -358,7 +372,7 @@ def _weight_copies(shape: Shape, p: Pass, setup: Setup) -> int:
 
 def _chunked(p: Pass, setup: Setup) -> bool:
     """Whether `rlhf.unembed` takes the policy's log-probabilities: in 16 bits, where the unembedding is whole."""
-    return p.mode != "fp32" and setup.sharding.level < 3
+    return p.mode != "fp32" and (setup.sharding.level < 3 or setup.sharding.fsdp)
 
 
 def ppo_update(job: Job, setup: Setup) -> float:

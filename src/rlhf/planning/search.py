@@ -60,7 +60,7 @@ def candidates(stage: str, job: Job, strategies: Sequence[str]) -> Iterator[Setu
     length = {"sft": job.sft_length, "rm": job.rm_length * job.completions, "ppo": job.prompt + job.response}[stage]
     enough = [m for m in micros if m * length >= ENOUGH_TOKENS or m == most]
     # One GPU has nobody to share with. Gathering layers one at a time is the last resort: the slowest.
-    possible = [name for name in strategies if job.gpus > 1 or name not in ("zero1", "zero2", "zero3")]
+    possible = [name for name in strategies if job.gpus > 1 or name not in ("zero1", "zero2", "zero3", "fsdp2")]
     by_layer = [name for name in possible if name.startswith("zero3") and stage == "ppo"]
     for name, gather in [(name, True) for name in possible] + [(name, False) for name in by_layer]:
         for checkpointing, sizes in ((False, enough), (True, micros), (False, micros)):
