@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf import RLHFError
-from rlhf.muon import Muon, hidden_matrices, spread
+from rlhf.muon import Muon, hidden_matrices, piece_of, spread
 
 
 class EngineError(RLHFError):
@@ -220,16 +220,12 @@ class FsdpEngine(Engine):
 
     def freeze(self, models: Iterable[Any]) -> None:
         """The dtype of the policy's forward, so that the reference starts equal to it; spread over the processes."""
-        from torch.distributed.tensor import Shard, distribute_tensor
-
         for model in models:
             nn.Module.to(model, self.dtype)
             spread: dict[Tensor, nn.Parameter] = {}  # a tied weight stays one
             for module, name, p in _places(model):
                 if p not in spread:
-                    # Every process has all of it.
-                    piece = distribute_tensor(p.detach(), self.mesh, [Shard(0)], src_data_rank=None)
-                    spread[p] = nn.Parameter(piece, requires_grad=False)
+                    spread[p] = nn.Parameter(piece_of(p.detach(), self.mesh), requires_grad=False)
                 module._parameters[name] = spread[p]
 
     def whole(self, model: Any) -> contextlib.AbstractContextManager[Any]:
@@ -369,19 +365,13 @@ def weights_of(model: nn.Module, modify: bool = False, dtype: torch.dtype | None
                 module._parameters[name] = piece
         if modify:
             for piece, new in wholes.items():
-                put([piece], [_piece_of(new, piece)])
+                torch.distributed.broadcast(new.detach(), 0)
+                put([piece], local([piece_of(new.detach(), piece.device_mesh)]))
 
 
 def _places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
     """Where the parameters of a model are; a tied one is in several places."""
     return [(module, name, p) for module in model.modules() for name, p in module._parameters.items() if p is not None]
-
-
-def _piece_of(tensor: Tensor, like: Any) -> Tensor:
-    """This process's piece of the first process's tensor, cut as `like` is."""
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor.detach(), like.device_mesh, like.placements).to_local()
 
 
 @contextlib.contextmanager

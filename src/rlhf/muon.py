@@ -191,9 +191,7 @@ def in_turns(parameters: Sequence[Tensor], gradients: Sequence[Tensor], steps: S
 
 
 def in_pieces(parameters: Sequence[Any], gradients: Sequence[Any], steps: Steps) -> list[Tensor]:
-    """FSDP: a process has a piece of each parameter. Each gets some of them whole, and hands out the pieces of their steps."""
-    from torch.distributed.tensor import distribute_tensor
-
+    """FSDP: a process has a piece of each parameter. Each takes the steps of some of them, and hands them out."""
     hands = dealt([p.numel() for p in parameters], dist.get_world_size())
     mine = hands[dist.get_rank()]
     wholes = {}
@@ -202,12 +200,27 @@ def in_pieces(parameters: Sequence[Any], gradients: Sequence[Any], steps: Steps)
         if i in mine:
             wholes[i] = whole
     taken = dict(zip(mine, steps([parameters[i] for i in mine], [wholes[i] for i in mine])))
-    found = list(gradients)
+    found: list[Tensor] = list(gradients)
     for rank, hand in enumerate(hands):
         for i in hand:
-            step = taken[i] if i in taken else torch.empty(parameters[i].shape, device=parameters[i].device)
-            found[i] = distribute_tensor(step, parameters[i].device_mesh, parameters[i].placements, src_data_rank=rank)
+            local = gradients[i].to_local()
+            step = taken[i].contiguous() if i in taken else local.new_empty(parameters[i].shape)
+            dist.broadcast(step, rank)
+            found[i] = piece_of(step, parameters[i].device_mesh)
     return found
+
+
+def piece_of(whole: Tensor, mesh: Any) -> Tensor:
+    """This process's piece of a tensor that all have whole, as FSDP cuts it: along the first dimension.
+
+    `distribute_tensor` would do, but makes the processes' random states one: they would drop out the same places.
+    """
+    from torch.distributed.tensor import DTensor, Shard
+
+    pieces, rank = whole.chunk(mesh.size()), mesh.get_local_rank()
+    mine = pieces[rank] if rank < len(pieces) else whole[:0]
+    shape, stride = whole.shape, whole.stride()
+    return DTensor.from_local(mine.clone(), mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
 
 def share_of_all(group: Any, places: Sequence[tuple[Any, int]], piece: Tensor, steps: Steps) -> Tensor:
