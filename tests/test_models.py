@@ -1,12 +1,14 @@
 """Tokenizers, policies and scalar heads: what plain transformers computes, whatever the padding."""
 
 import math
+import shutil
 
 import pytest
 import torch
 from conftest import byte_level, configuration, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import (
     AutoConfig,
@@ -258,6 +260,27 @@ def test_a_checkpoint_without_a_head_is_refused_in_one_line(name, checkpoints):
     with pytest.raises(ModelError, match="has no scalar head") as error:
         load_scalar_model(checkpoints[name], load_tokenizer(checkpoints[name]))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("load", [load_policy, load_scalar_model])
+def test_weights_that_a_checkpoint_lacks_are_not_drawn_at_random(tmp_path, checkpoints, rewards, load):
+    shutil.copytree((checkpoints if load is load_policy else rewards)["gpt2"], tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    gone = sorted(name for name in weights if "h.0.mlp.c_fc" in name)
+    save_file(
+        {k: w for k, w in weights.items() if k not in gone}, tmp_path / "model" / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(
+        ModelError, match=rf"model lacks 2 weights of GPT2\w+ \(the first: {gone[0]}\); restore"
+    ) as error:
+        load(tmp_path / "model", load_tokenizer(checkpoints["gpt2"]))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_reward_model_is_no_policy(name, rewards):
+    with pytest.raises(ModelError, match=r"is a reward model, which answers with a number .* or a policy$"):
+        load_policy(rewards[name], load_tokenizer(rewards[name]))
 
 
 def test_a_classifier_of_two_labels_is_refused_in_one_line(tmp_path, checkpoints, tokenizer):

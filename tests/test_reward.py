@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from rlhf import reward, shared_prompt
 from rlhf.config import ConfigError
 from rlhf.data import load
-from rlhf.data.encode import encode_completions, encode_prompts
+from rlhf.data.encode import encode_completions, encode_prompts, pad
 from rlhf.evaluation import ranking_metrics
 from rlhf.models import load_scalar_model, load_tokenizer, scalar_scores
 from rlhf.objectives import ranking_loss
@@ -299,6 +299,29 @@ def test_given_demonstrations_score_zero(tmp_path):
     model, tokenizer = tiny.load_reward(artifact)
     rows = [encoded(tokenizer, r["prompt"], [r["completion"]])[0] for r in records]
     assert abs(tiny.scores(model, rows).mean().item()) < 1e-4
+
+
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_a_reward_model_of_a_reward_model_has_a_zero_of_its_own(tmp_path, use_peft):
+    """Where the constant is kept in the config, because the last norm has no bias."""
+    tokenizer = load_tokenizer(tiny.published(tmp_path, "sft").require("sft", "tiny").path)
+    llama = random_model(transformers.AutoModelForCausalLM, transformers.LlamaConfig(**GROUPED, bos_token_id=0))
+    llama.resize_token_embeddings(len(tokenizer))
+    llama.save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    changes = {"max_steps": 3, "learning_rate": 1e-2, "use_peft": use_peft}
+    for start in (str(tmp_path / "llama"), "tiny/rm/v1"):
+        artifact = reward.run(tiny.reward_args(tmp_path, model_name_or_path=start, **changes))
+        assert artifact.manifest["metrics"]["bias_kept_in"] == "config.reward_bias"
+        assert abs(artifact.manifest["metrics"]["bias"]) > 1e-3
+        assert artifact.manifest["metrics"]["demonstrations_mean"] == pytest.approx(0, abs=1e-4)
+        model = load_scalar_model(artifact.path, tokenizer)
+        rows = [
+            encoded(tokenizer, r["prompt"], [r["completions"][r["ranks"].index(1)]])[0]
+            for r in map(json.loads, (tmp_path / "comparisons.jsonl").read_text().splitlines())
+        ]
+        ids, mask = pad(rows, tokenizer.pad_token_id)
+        assert abs(scalar_scores(model, ids, mask).mean().item()) < 1e-4
 
 
 def test_scores_come_back_in_the_order_of_their_rows(tmp_path, starts):

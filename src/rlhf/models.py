@@ -44,6 +44,9 @@ PLAIN_UNEMBEDDING = {"gpt2", "opt", "gpt_neo", "gpt_neox", "gptj", "bloom", "lla
 Held = dict[str, tuple[Any, set[str]]]
 
 
+NO_POLICY = "which answers with a number and not with text; give a base, an SFT model or a policy"
+
+
 class ModelError(RLHFError):
     """A checkpoint or tokenizer cannot be used as asked."""
 
@@ -87,6 +90,8 @@ def load_policy(
     base. bases: what other models have loaded; the weights are then theirs.
     """
     start = start_of(path, revision)
+    if start.has_head:
+        raise ModelError(f"{path} is a reward model, {NO_POLICY}")
     how = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     with _loading(path):
         config = AutoConfig.from_pretrained(
@@ -138,7 +143,9 @@ def load_scalar_model(
         with gathered([model.score.weight], modify=True):
             width = model.score.weight.shape[-1]
             nn.init.normal_(model.score.weight, std=1 / math.sqrt(width + 1))
-    if start.reward_bias:
+        if getattr(model.config, "reward_bias", 0.0):  # of the reward model it starts from, whose head is gone
+            model.config.reward_bias = 0.0
+    elif start.reward_bias:
         model.config.reward_bias = start.reward_bias
     return adapters.attach(model, start, peft, task="SEQ_CLS", also=_head_modules(model), trainable=trainable)
 
@@ -166,10 +173,18 @@ def _load_base(
         **how,
         **loading_quantized(wanted),
     )
+    missing = {str(key) for key in info["missing_keys"]}
+    if kind is AutoModelForCausalLM and any(str(key).startswith("score.") for key in info["unexpected_keys"]):
+        raise ModelError(f"{start.base.path} is a reward model, {NO_POLICY}")
+    lacking = sorted(key for key in missing if not key.startswith("score."))
+    if lacking:  # transformers would draw them at random
+        raise ModelError(
+            f"{start.base.path} lacks {len(lacking)} weights of {type(model).__name__} (the first: {lacking[0]}); restore the "
+            "checkpoint, or give one of this kind"
+        )
     fit_vocabulary(model, tokenizer)
     fuse_activations(model)
     adapters.settle_quantized(model)
-    missing = {str(key) for key in info["missing_keys"]}
     if bases is not None:
         bases.setdefault(start.base.sha256, (model, missing))
         model = adapters.twin(model)

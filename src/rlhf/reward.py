@@ -442,8 +442,9 @@ def centre_on_demonstrations(trainer: RewardTrainer, rows: Sequence[list[int]]) 
     score = scored_by_trainer(trainer)
     before = score_rows(score, rows)
     settle(trainer.model_wrapped)
-    place = add_reward_bias(trainer.accelerator.unwrap_model(trainer.model), -float(before.mean()))
-    after = score_rows(score, rows)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    place = add_reward_bias(model, -float(before.mean()))
+    after = score_rows(score, rows) + getattr(model.config, "reward_bias", 0.0)
     return {
         "bias": -float(before.mean()),
         "bias_kept_in": place,

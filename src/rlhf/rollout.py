@@ -418,7 +418,7 @@ def unscored(actors: Actors, prompts: Prompts, responses: Sequence[Sequence[int]
         prompt_mask=prompt_mask,
         responses=response_ids,
         mask=mask,
-        ended=torch.tensor(ended),
+        ended=torch.tensor(ended, dtype=torch.bool),
         logp=torch.zeros(mask.shape),
         logp_ref=torch.zeros(mask.shape),
         values=torch.zeros(mask.shape),
