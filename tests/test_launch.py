@@ -14,7 +14,8 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from rlhf.engine import EngineError, prepare_trainer, refuse_other_than_adam
+from rlhf import RLHFError, sft
+from rlhf.engine import EngineError, check_deepspeed, prepare_trainer, refuse_optimizers_of_others
 from rlhf.launch import LaunchError, check_launch, ran_out_of_memory
 from rlhf.muon import Muon
 from rlhf.planning.advice import memory_advice, setup_of
@@ -102,20 +103,71 @@ def test_an_offloaded_optimiser_is_an_adam(device):
     config = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": device}}}
 
     prepare_trainer(stand_in(config, "adamw_torch"), "adamw_torch")
-    refuse_other_than_adam(config, torch.optim.Adam)
+    check_deepspeed(config, torch.optim.Adam)
     if device == "none":
         prepare_trainer(stand_in(config, "sgd"), "sgd")
         return
     for asked, check in (
         ("SGD", lambda: prepare_trainer(stand_in(config, "sgd"), "sgd")),
-        ("SGD", lambda: refuse_other_than_adam(config, torch.optim.SGD)),
+        ("SGD", lambda: check_deepspeed(config, torch.optim.SGD)),
         ("Muon", lambda: prepare_trainer(stand_in(config, "adamw_torch"), "muon")),
-        ("Muon", lambda: refuse_other_than_adam(config, Muon)),
+        ("Muon", lambda: check_deepspeed(config, Muon)),
     ):
         with pytest.raises(
             EngineError, match=f"an offloaded optimiser is DeepSpeed's CPU Adam, and {asked} was asked for"
         ):
             check()
+
+
+def test_zero_steps_no_optimiser_that_looks_at_whole_matrices():
+    from transformers.optimization import Adafactor
+
+    config = {"zero_optimization": {"stage": 2}}
+    for check in (
+        lambda: prepare_trainer(stand_in(config, "adafactor"), "adafactor"),
+        lambda: check_deepspeed(config, Adafactor),
+    ):
+        with pytest.raises(
+            EngineError, match=r"^optim: ZeRO steps flat pieces .* and Adafactor may .* adamw_torch, or "
+        ):
+            check()
+    for whole in (torch.optim.AdamW, torch.optim.SGD, Muon):
+        check_deepspeed(config, whole)
+
+
+def test_a_deepspeed_file_leaves_the_stage_s_own_to_the_stage():
+    config = {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}}
+    prepare_trainer(stand_in(config, "adamw_torch"), "adamw_torch")
+    assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]  # or nothing could be published
+    for more, says in (
+        (
+            {"optimizer": {"type": "Adam"}},
+            "section 'optimizer', which would take the place of the stage's own; take it out$",
+        ),
+        ({"scheduler": {"type": "WarmupLR"}}, "section 'scheduler'"),
+        ({"zero_optimization": {"stage": 0}}, r"without ZeRO \(stage 0\) .*ddp.yaml$"),
+    ):
+        with pytest.raises(EngineError, match=says):
+            prepare_trainer(stand_in(config | more, "adamw_torch"), "adamw_torch")
+
+
+def test_fsdp_knows_the_optimisers_of_pytorch():
+    import bitsandbytes
+
+    for known in (torch.optim.AdamW, torch.optim.SGD, Muon):
+        refuse_optimizers_of_others(known)
+    with pytest.raises(
+        EngineError, match=r"^optim: FSDP spreads weights .*, and AdamW8bit was asked for; set it to adamw"
+    ):
+        refuse_optimizers_of_others(bitsandbytes.optim.AdamW8bit)
+
+
+@pytest.mark.parametrize("optim", ["galore_adamw", "lomo", "stable_adamw"])
+def test_an_optimiser_of_a_package_that_is_missing_is_one_line(tmp_path, optim):
+    tiny.published(tmp_path, "base")
+    with pytest.raises(RLHFError, match=r"^optim: ") as error:
+        sft.run(tiny.sft_args(tmp_path, optim=optim))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("stage, trained, expected", [(3, "all", 2), (3, "a part", 0), (2, "all", 0)])

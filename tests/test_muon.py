@@ -172,6 +172,15 @@ def test_ppo_trains_policy_and_critic_by_it_at_their_rates(tmp_path):
     assert rates == [("policy", True, 1e-3), ("policy", False, 1e-3), ("critic", True, 2e-3), ("critic", False, 2e-3)]
 
 
+def test_only_gpt_2_s_own_layers_keep_three_matrices_in_one():
+    """Others have a linear layer of that name, whose query, key and value lie the other way (GPT-BigCode)."""
+    layer = torch.nn.Module()
+    layer.attn = torch.nn.Module()
+    layer.attn.c_attn = torch.nn.Linear(32, 48)
+    assert hidden_matrices(torch.nn.ModuleList([layer])) == {layer.attn.c_attn.weight: 1}
+    assert sorted(hidden_matrices(gpt2()).values()) == [1, 1, 1, 1, 1, 1, 3, 3]
+
+
 def test_matrices_and_other_parameters_are_groups_apart_with_the_settings_of_theirs():
     a, b, c, d, e = (torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(5))
     groups = [{"params": [a, b], "lr": 1.0, "part": "x"}, {"params": [c], "lr": 2.0}, {"params": [d, e], "lr": 2.0}]

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from conftest import random_model
 from torch.testing import assert_close
+from transformers import AutoModelForSequenceClassification, GPT2Config
 
 from rlhf import RLHFError, diagnosis, models, objectives, ppo
 from rlhf.actors import load_models, reward_sources
@@ -771,6 +773,33 @@ def test_prompts_that_leave_no_room_are_refused(tmp_path):
         ppo.run(ppo_args(tmp_path, response_length=64))
     with pytest.raises(RLHFError, match="over 2 tokens"):
         ppo.run(ppo_args(tmp_path, max_prompt_length=2))
+
+
+def test_a_reward_model_with_a_shorter_context_leaves_less_room(tmp_path):
+    """A row of prompt and response goes through all models."""
+    registry = stages(tmp_path)
+    tokenizer = models.load_tokenizer(registry.require("sft", "tiny").path)
+    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=12, num_labels=1, pad_token_id=1)
+    random_model(AutoModelForSequenceClassification, config).save_pretrained(tmp_path / "short")
+    tokenizer.save_pretrained(tmp_path / "short")
+    changes = {"reward_model_path": [str(tmp_path / "short")], "critic_path": "tiny/rm/v1"}
+    with pytest.raises(RLHFError, match="leaves no room for a prompt in a context of 12 tokens"):
+        ppo.run(ppo_args(tmp_path, response_length=12, **changes))
+    trainer = trainer_of(ppo_args(tmp_path, response_length=6, **changes))
+    assert max(map(len, trainer.prompts.ids)) <= 6
+
+
+def test_accumulation_and_compilation_that_the_launcher_asks_for_are_not_ppo_s(tmp_path, monkeypatch):
+    """Its steps are its own; and layers are compiled by torch_compile, so that weights keep their names."""
+    stages(tmp_path)
+    expected = ppo.run(ppo_args(tmp_path))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    found = ppo.run(ppo_args(tmp_path))
+    assert found.weights_sha256 == expected.weights_sha256
+    assert [line["policy/grad_norm"] for line in tiny.history(found)] == [
+        line["policy/grad_norm"] for line in tiny.history(expected)
+    ]
 
 
 def test_prompts_that_are_too_long_are_dropped_and_counted(tmp_path, capsys):

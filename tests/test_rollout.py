@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from rlhf.rollout import (
     sample,
     sample_responses,
     uniforms,
+    unscored,
 )
 
 EXACT = {"rtol": 0, "atol": 1e-5}
@@ -629,3 +631,10 @@ def test_a_policy_without_position_ids_is_exact_too(tokenizer):
     bloom = Setup(policy, tokenizer, encode_prompts(tokenizer, PROMPTS), banned_ids(policy, tokenizer))
     together = run(bloom)[0]
     assert together == [run(bloom, [p], uniforms(0, 0, i, LIMIT)[None])[0][0] for i, p in enumerate(bloom.prompts)]
+
+
+def test_a_process_without_a_prompt_has_a_rollout_of_the_same_kinds():
+    """What the processes have is put together: a float beside others' booleans would make them floats."""
+    actors = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=1))
+    none = unscored(actors, Prompts([], []), [], [])
+    assert none.ended.dtype == none.mask.dtype == torch.bool and len(none) == 0

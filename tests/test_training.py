@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import test_ppo
@@ -680,6 +681,17 @@ def test_make_launches_the_script_with_what_it_is_given(target, script):
         *("env/bin/accelerate", "launch", "--quiet", "--num_processes", "1", f"scripts/{script}.py"),
         *("--config", "a.yaml", "--run_name", "hh", "--seed", "3"),
     ]
+
+
+@pytest.mark.parametrize(("processes", "size"), [(1, 16), (2, 8), (4, 4)])
+def test_batches_of_like_length_are_drawn_for_a_step_of_all_processes(processes, size):
+    args = SimpleNamespace(
+        train_batch_size=size, gradient_accumulation_steps=2, world_size=processes, seed=3, data_seed=None
+    )
+    one = SimpleNamespace(args=SimpleNamespace(**vars(args) | {"train_batch_size": 16, "world_size": 1}))
+    lengths = [(7 * i) % 40 + 1 for i in range(150)]
+    found, expected = (list(training.LikeLengths(t, lengths)) for t in (SimpleNamespace(args=args), one))
+    assert found == expected
 
 
 @pytest.mark.parametrize("stage", [sft, reward])

@@ -91,12 +91,13 @@ class ZeroEngine(Engine):
         self, accelerator: Accelerator, model: Any, optimizer: torch.optim.Optimizer, micro_batch: int, gather: bool
     ):
         config = accelerator.state.deepspeed_plugin.deepspeed_config
+        check_deepspeed(config, type(optimizer))
         config["train_micro_batch_size_per_gpu"] = micro_batch
+        config["gradient_accumulation_steps"] = 1  # the parts of a step are counted here: `backward`
         config["gradient_clipping"] = 0.0
         self.config = config
         self.stage = int(config["zero_optimization"]["stage"])
         self.gather = gather or self.stage < 3
-        refuse_other_than_adam(config, type(optimizer))
         # A parameter without a gradient in one part of a step would keep the one of the step before, or lose its own.
         model.every_part_uses_all = True
         gather_by_layer(model, self.stage)
@@ -250,14 +251,34 @@ def prepare(
     return Engine(accelerator, model, optimizer)
 
 
-def refuse_other_than_adam(config: dict[str, Any], optimizer: type[torch.optim.Optimizer]) -> None:
-    """With an offloaded optimiser accelerate puts DeepSpeed's CPU Adam in the place of whatever was asked for, in silence."""
-    device = (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
+def check_deepspeed(config: dict[str, Any], optimizer: type[torch.optim.Optimizer]) -> None:
+    """Refuses what DeepSpeed would do with the optimiser, or with weights at the end, in place of what was asked for.
+
+    With an offloaded optimiser accelerate puts DeepSpeed's CPU Adam in the place of whatever was asked for, in silence. ZeRO
+    steps flat pieces of the weights: an optimiser that looks at whole matrices sees other ones.
+    """
+    zero = config["zero_optimization"]
+    if int(zero["stage"]) == 0:
+        raise EngineError(
+            "DeepSpeed without ZeRO (stage 0) is not driven here; launch with configs/accelerate/ddp.yaml"
+        )
+    for section in ("optimizer", "scheduler"):
+        if section in config:
+            raise EngineError(
+                f"the DeepSpeed file has a section {section!r}, which would take the place of the stage's own; take it out"
+            )
+    zero["stage3_gather_16bit_weights_on_model_save"] = True  # or nothing could be published
+    device = (zero.get("offload_optimizer") or {}).get("device", "none")
     adam = issubclass(optimizer, torch.optim.Adam) and not issubclass(optimizer, Muon)  # AdamW is one
     if device != "none" and not adam:
         raise EngineError(
             f"optim: an offloaded optimiser is DeepSpeed's CPU Adam, and {optimizer.__name__} was asked for; set it to "
             "adamw_torch, or launch without offload"
+        )
+    if not (issubclass(optimizer, Muon) or optimizer.__module__.startswith(("torch.optim", "bitsandbytes"))):
+        raise EngineError(
+            f"optim: ZeRO steps flat pieces of the weights, and {optimizer.__name__} may need whole matrices; set it to "
+            "adamw_torch, or launch with configs/accelerate/ddp.yaml"
         )
 
 
@@ -295,7 +316,10 @@ def gather_by_layer(model: nn.Module, stage: int) -> None:
 def prepare_trainer(trainer: Any, optim: str) -> None:
     """Before transformers' Trainer makes an engine of its model and optimiser: the same refusals, whole layers, and Muon."""
     plugin = trainer.accelerator.state.deepspeed_plugin
-    cls, kwargs = trainer.get_optimizer_cls_and_kwargs(trainer.args)
+    try:
+        cls, kwargs = trainer.get_optimizer_cls_and_kwargs(trainer.args)
+    except (ValueError, ImportError) as error:
+        raise EngineError(f"optim: {' '.join(str(error).split())}") from error
     if trainer.accelerator.distributed_type == DistributedType.FSDP:
         refuse_optimizers_of_others(cls)
         keep_results_precise(trainer.accelerator.state.fsdp_plugin)
@@ -304,7 +328,7 @@ def prepare_trainer(trainer: Any, optim: str) -> None:
         trainer.optimizer_cls_and_kwargs = (cls, kwargs)
         trainer.add_callback(SpreadMuon(trainer))
     if plugin is not None:
-        refuse_other_than_adam(plugin.deepspeed_config, cls)
+        check_deepspeed(plugin.deepspeed_config, cls)
         gather_by_layer(trainer.model, plugin.zero_stage)
 
 

@@ -102,7 +102,7 @@ def hidden_matrices(model: nn.Module) -> dict[Tensor, int]:
             continue
         shape = getattr(module.weight, "ds_shape", module.weight.shape)  # ZeRO 3 has taken the weight itself away
         if len(shape) == 2:  # not where it is packed in 4 bits
-            found[module.weight] = 3 if name.endswith(".c_attn") else 1
+            found[module.weight] = 3 if name.endswith(".c_attn") and isinstance(module, Conv1D) else 1
     return found
 
 

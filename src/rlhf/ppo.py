@@ -23,7 +23,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    TorchDynamoPlugin,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, set_seed
@@ -125,6 +131,9 @@ def make_accelerator(args: PPOArgs, work: Path) -> Accelerator:
     handlers = [InitProcessGroupKwargs(backend="gloo")] if needs_gloo() else []
     accelerator = Accelerator(
         mixed_precision="bf16" if args.bf16 else "no",
+        # Not the launcher's: a step is the loop's own, and layers are compiled by torch_compile.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_plugin=TorchDynamoPlugin(backend="no"),
         log_with=trackers(args) or None,
         project_config=ProjectConfiguration(project_dir=str(work), logging_dir=str(log_folder(work))),
         kwargs_handlers=handlers,
@@ -144,7 +153,9 @@ def make_accelerator(args: PPOArgs, work: Path) -> Accelerator:
 def load_prompts(args: PPOArgs, tokenizer: Any, actors: Actors) -> tuple[Prompts, Prompts, list[dict[str, Any]]]:
     """Training and held-out prompts that leave room for a response, and the data's fingerprints."""
     train, held_out = load_splits(args, "prompts")
-    context = context_length(actors.policy) or args.max_prompt_length + args.response_length
+    every_token = args.max_prompt_length + args.response_length
+    models = (actors.policy, actors.critic, *(reward.model for reward in actors.rewards if reward.model is not None))
+    context = min(context_length(model) or every_token for model in models)
     limit = min(args.max_prompt_length, context - args.response_length)
     if limit < 1:
         raise TrainingError(

@@ -32,6 +32,7 @@ from rlhf.bases import check_optimizer
 from rlhf.config import StageArgs, TrainerArgs, to_dict
 from rlhf.data import load, split_by_key
 from rlhf.engine import state_dict
+from rlhf.launch import strategy_of_launch
 from rlhf.models import quiet
 from rlhf.registry import Artifact, Registry
 
@@ -441,14 +442,15 @@ def pin_inputs(
     """Writes down what a run is trained from, and refuses to resume it from anything else: a newer version, other records.
 
     models: by the option that names them, where they were loaded from and the version that is; data: fingerprints.
-    any_processes: the number of processes changes nothing; DeepSpeed's checkpoints can be read by as many as wrote them only.
+    any_processes: the number of processes changes nothing; checkpoints of DeepSpeed and FSDP are read by as many as wrote them,
+    under the same strategy.
     """
     now = {name: f"{a.ref} {a.weights_sha256[:12]}" if a else path for name, (path, a) in models.items()}
-    state = PartialState()
-    deepspeed = state.distributed_type == DistributedType.DEEPSPEED
-    now["launch"] = "under DeepSpeed" if deepspeed else "whole weights"
-    if deepspeed or not any_processes:
-        now["launch"] += f" on {state.num_processes} processes"
+    strategy = strategy_of_launch()
+    whole = strategy in ("single", "ddp")
+    now["launch"] = "whole weights" if whole else f"under {strategy}"
+    if not (whole and any_processes):
+        now["launch"] += f" on {PartialState().num_processes} processes"
     for found in data:
         now[f"{found['kind']} of {found['name']}"] = f"{found['records']} records {found['sha256'][:12]}"
     if resume is None:
@@ -531,7 +533,8 @@ class LikeLengths(LengthGroupedSampler):
 
     def __init__(self, trainer: Any, lengths: Sequence[int]):
         args = trainer.args
-        super().__init__(args.train_batch_size * args.gradient_accumulation_steps, lengths=list(lengths))
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        super().__init__(step, lengths=list(lengths))
         self.seed, self.epoch = args.seed if args.data_seed is None else args.data_seed, 0
 
     def set_epoch(self, epoch: int) -> None:
