@@ -716,9 +716,48 @@ def test_quantisation_needs_adapters(tmp_path, make):
         make(tmp_path, use_peft=True, load_in_4bit=True, load_in_8bit=True)
 
 
-def test_quantised_weights_are_not_spread(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"lora_target_modules": []}, "lora_target_modules: name modules, or write all-linear alone"),
+        (
+            {"lora_target_modules": ["all-linear", "c_attn"]},
+            "lora_target_modules: name modules, or write all-linear alone",
+        ),
+        ({"load_in_8bit": True, "use_dora": True}, "use_dora: peft cannot read the size of 8-bit weights"),
+    ],
+)
+def test_settings_that_peft_cannot_follow(tmp_path, changes, says):
+    with pytest.raises(ConfigError, match=says):
+        tiny.sft_args(tmp_path, **LORA | changes)
+
+
+def test_a_module_that_is_adapted_and_trained_whole_is_one_line(tmp_path):
     tiny.published(tmp_path, "base")
-    monkeypatch.setattr(bases, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(RLHFError, match=r"^no such adapter can be put on GPT2LMHeadModel: ") as error:
+        sft.run(tiny.sft_args(tmp_path, **LORA, lora_modules_to_save=["c_attn"]))
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_trained_whole_is_not_rounded_by_a_16_bit_base(tmp_path, chains):
+    """Head and last norm of an adapter come back as they were saved."""
+    artifact = published_chain(tmp_path, chains).require("rm", "tiny")
+    tokenizer = models.load_tokenizer(artifact.path)
+    args = tiny.reward_args(tmp_path, **LORA, dtype="bfloat16")
+    model = models.load_scalar_model(artifact.path, tokenizer, dtype="bfloat16", peft=args)
+    saved = load_file(artifact.path / "adapter_model.safetensors")
+    head = next(w for name, w in saved.items() if name.endswith("score.weight"))
+    assert (head.bfloat16() != head).any()
+    assert torch.equal(adapters.trained(adapters.plain(model).score).weight.cpu(), head)
+
+
+@pytest.mark.parametrize("spread", ["ZeRO 3", "FSDP"])
+def test_quantised_weights_are_not_spread(tmp_path, monkeypatch, spread):
+    tiny.published(tmp_path, "base")
+    if spread == "FSDP":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    else:
+        monkeypatch.setattr(bases, "is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(
         RLHFError, match=r"load_in_4bit and load_in_8bit: quantised weights are not spread .*zero2.yaml"
     ):

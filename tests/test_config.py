@@ -390,6 +390,11 @@ def test_run_names_that_are_no_folder_names_are_refused(name):
     [
         (PPOArgs, {}, "ptx_coef is above 0 but ptx_dataset_name is not given"),
         (PPOArgs, {"ptx_coef": 0.0, "batch_size": 10, "num_mini_batches": 4}, "batch_size: 10 is not a multiple of"),
+        (
+            PPOArgs,
+            {"ptx_coef": 0.0, "kl_target": 6.0, "kl_horizon": 100, "batch_size": 512},
+            "kl_horizon: 100 episodes are",
+        ),
         (PPOArgs, {"ptx_coef": 0.0, "missing_eos_score": -1.0}, "missing_eos_penalty and missing_eos_score exclude"),
         (PretrainArgs, {"hidden_size": 30, "num_attention_heads": 4}, "hidden_size: 30 is not a multiple of"),
         (PretrainArgs, {"block_size": 512}, "block_size: 512 is longer than max_position_embeddings (256)"),

@@ -1,5 +1,6 @@
 """What a launch asks of the machine, and what is said when its memory does not do."""
 
+import errno
 import importlib
 import os
 import sys
@@ -12,11 +13,13 @@ import test_ppo
 import tiny
 import torch
 from accelerate.utils import DistributedType
+from safetensors import SafetensorError
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from rlhf import RLHFError, sft
+from rlhf.cli import run_stage
 from rlhf.engine import EngineError, check_deepspeed, prepare_trainer, refuse_optimizers_of_others
-from rlhf.launch import LaunchError, check_launch, ran_out_of_memory
+from rlhf.launch import LaunchError, check_launch, ran_out_of_memory, ran_out_of_space
 from rlhf.muon import Muon
 from rlhf.planning.advice import memory_advice, setup_of
 
@@ -193,6 +196,91 @@ def test_each_stage_prepares_its_trainer_before_it_trains(monkeypatch, tmp_path,
     tiny.published(tmp_path, "base", "sft")
     with pytest.raises(EngineError, match="asked"):
         module.run(getattr(tiny, f"{stage}_args")(tmp_path, optim="muon"))
+
+
+def test_a_full_disk_is_told_from_other_errors():
+    assert ran_out_of_space(OSError(errno.ENOSPC, "No space left on device"))
+    assert not ran_out_of_space(OSError(errno.ENOENT, "No such file")) and not ran_out_of_space(ValueError("no"))
+    assert ran_out_of_space(
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    )
+    assert ran_out_of_space(RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 226112 vs 226000"))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_stage_on_a_full_disk_says_so_in_one_line(monkeypatch, tmp_path, capsys):
+    registry = tiny.published(tmp_path, "base")
+
+    def write(*args, **kwargs):
+        with open("/dev/full", "w") as full:
+            full.write("weights")
+
+    monkeypatch.setattr(importlib.import_module("rlhf.adapters"), "save", write)
+    config = tiny.write_config(tmp_path / "sft.json", tiny.sft_args(tmp_path))
+    with pytest.raises(SystemExit) as stopped:
+        run_stage("sft", ["--config", config])
+    assert stopped.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "sft: no space left to write below" in line and "or give another --output_dir" in line
+    assert not registry.list("tiny", "sft") and not list((registry.root / "tiny" / "sft").glob(".draft*"))
+
+
+def test_the_stage_s_precision_decides_and_not_the_launcher_s(tmp_path):
+    """A run is what its manifest says."""
+    registry = tiny.published(tmp_path, "base")
+    config = tiny.write_config(tmp_path / "sft.json", tiny.sft_args(tmp_path))
+    words = [tiny.program("accelerate"), "launch", "--config_file", "configs/accelerate/cpu.yaml"]
+    for precision in ("no", "bf16"):
+        done = tiny.launch([*words, "--mixed_precision", precision, "scripts/sft.py", "--config", config])
+        assert done.returncode == 0, done.stderr[-3000:]
+        told = "the launcher's mixed precision (bf16) is not used; give --bf16 true for bfloat16"
+        assert (told in done.stderr) == (precision == "bf16")
+    one, other = registry.list("tiny", "sft")
+    assert one.weights_sha256 == other.weights_sha256
+
+
+def test_bfloat16_is_trained_on_a_cpu_too(tmp_path):
+    tiny.published(tmp_path, "base")
+    artifact = sft.run(tiny.sft_args(tmp_path, bf16=True))
+    assert artifact.manifest["config"]["bf16"] is True
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"powr": 2}},
+            "^lr_scheduler_type polynomial: .*'powr'",
+        ),
+        (
+            {"training_arguments": {"deepspeed": "x.json"}},
+            "^training_arguments: deepspeed is the launch's; choose a file",
+        ),
+        ({"training_arguments": {"fsdp": "full_shard"}}, "^training_arguments: fsdp is the launch's; choose a file"),
+    ],
+)
+def test_what_a_trainer_would_refuse_late_is_refused_at_once(tmp_path, changes, says):
+    tiny.published(tmp_path, "base")
+    with pytest.raises(RLHFError, match=says):
+        sft.run(tiny.sft_args(tmp_path, **changes))
+
+
+def test_a_deepspeed_file_that_differs_from_the_options_is_one_line(monkeypatch, tmp_path, capsys):
+    tiny.published(tmp_path, "base")
+    text = "Please correct the following DeepSpeed config values that mismatch TrainingArguments values:\n"
+    text += (
+        "- ds gradient_accumulation_steps=1 vs hf gradient_accumulation_steps=4\nThe easiest is to set these to 'auto'."
+    )
+
+    def train(*args, **kwargs):
+        raise ValueError(text)
+
+    monkeypatch.setattr(Trainer, "train", train)
+    config = tiny.write_config(tmp_path / "sft.json", tiny.sft_args(tmp_path))
+    with pytest.raises(SystemExit):
+        run_stage("sft", ["--config", config])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "differ (ds gradient_accumulation_steps=1 vs hf gradient_accumulation_steps=4); write auto there" in line
 
 
 def test_errors_of_memory_are_told_from_others():

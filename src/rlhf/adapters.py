@@ -117,7 +117,11 @@ def _new(model: Any, args: Any, task: str, also: Sequence[str]) -> Any:
         use_rslora=args.use_rslora,
         use_dora=args.use_dora,
     )
-    return _inject(model, config)
+    try:
+        return _inject(model, config)
+    except ValueError as error:
+        told = " ".join(str(error).split())[:300]
+        raise AdapterError(f"no such adapter can be put on {type(model).__name__}: {told}") from None
 
 
 def _inject(model: Any, config: Any) -> Any:
@@ -144,6 +148,9 @@ def _continue(model: Any, start: Start, task: str, also: Sequence[str], trainabl
     config.task_type, config.modules_to_save, config.inference_mode = TaskType(task), saved, False
     try:
         found = _inject(model, config)
+        for module in found.modules() if trainable else ():
+            if trained(module) is not module:  # before its weights come, which a 16-bit copy would round
+                trained(module).float()
         own = get_peft_model_state_dict(found, save_embedding_layers=False)
         # Head and norm that the adapter does not bring are the model's own.
         new = {name: w for name, w in own.items() if any(f".{module}." in name for module in also)}
@@ -165,7 +172,7 @@ def _train_in_float32(model: nn.Module) -> None:
     dtype = plain(model).dtype
     for name, module in model.named_modules():
         copied = trained(module)
-        if copied is module or all(p.dtype == torch.float32 for p in copied.parameters()):
+        if copied is module or dtype == torch.float32:
             continue
         copied.float()
         copied.register_forward_pre_hook(_in_own_dtype)

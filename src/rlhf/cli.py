@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from rlhf import RLHFError, __version__
 from rlhf.data_cli import add_data
 from rlhf.hub_cli import add_hub
-from rlhf.launch import LaunchError, check_launch, ran_out_of_memory
+from rlhf.launch import LaunchError, check_launch, ran_out_of_memory, ran_out_of_space
 from rlhf.reward_cli import add_reward, count
 
 ARTIFACTS = {"pretrain": "base", "sft": "sft", "reward": "rm", "ppo": "ppo"}
@@ -77,7 +77,15 @@ def run_stage(stage: str, argv: list[str] | None = None, *, last: bool = True) -
         _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
+        if ran_out_of_space(error):
+            _fail(
+                f"{stage}: no space left to write below {args.output_dir}; free some, or give another --output_dir; a run with "
+                "checkpoints goes on with --resume_from_checkpoint latest"
+            )
+        if "DeepSpeed config values that mismatch" in str(error):
+            told = "; ".join(line.strip(" -") for line in str(error).splitlines() if line.startswith("- ds"))
+            _fail(f"{stage}: the DeepSpeed file and the stage's options differ ({told}); write auto there")
         if not ran_out_of_memory(error):
             raise
         _fail(importlib.import_module("rlhf.planning.advice").memory_advice(stage, args))

@@ -196,6 +196,13 @@ class AdapterArgs:
         super().__post_init__()  # type: ignore[misc]  # of the stage that this is mixed into
         if self.load_in_8bit and self.load_in_4bit:
             raise ConfigError("load_in_8bit and load_in_4bit exclude each other; choose one")
+        if self.load_in_8bit and self.use_dora:
+            raise ConfigError(
+                "use_dora: peft cannot read the size of 8-bit weights; set load_in_4bit, or use_dora: false"
+            )
+        targets = self.lora_target_modules
+        if targets is not None and (not targets or ("all-linear" in targets and len(targets) > 1)):
+            raise ConfigError("lora_target_modules: name modules, or write all-linear alone; null takes peft's default")
         if self.use_peft and self.lora_target_parameters and self.lora_dropout:
             raise ConfigError("lora_target_parameters: peft has no dropout there; set lora_dropout: 0")
         if (self.load_in_8bit or self.load_in_4bit) and not self.use_peft:
@@ -454,6 +461,10 @@ class PPOArgs(AdapterArgs, StageArgs):
         if self.batch_size % self.num_mini_batches:
             raise ConfigError(
                 f"batch_size: {self.batch_size} is not a multiple of num_mini_batches ({self.num_mini_batches})"
+            )
+        if self.kl_target is not None and self.batch_size >= 5 * self.kl_horizon:
+            raise ConfigError(
+                f"kl_horizon: {self.kl_horizon} episodes are too few for rollouts of {self.batch_size}; give more than a fifth"
             )
         rewards = len(self.reward_functions) + (1 if self.reward_model_path is None else len(self.reward_model_path))
         if self.reward_weights is not None and len(self.reward_weights) != rewards:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -103,3 +104,11 @@ def strategy_of_launch() -> str:
     plugin = AcceleratorState().deepspeed_plugin
     offload = plugin.deepspeed_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
     return f"zero{plugin.zero_stage}" + ("_offload" if plugin.zero_stage == 3 and offload != "none" else "")
+
+
+def ran_out_of_space(error: BaseException) -> bool:
+    """Whether a file could not be written because the disk is full; safetensors and torch say so in words of their own."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    text = str(error)
+    return "No space left" in text or "iostream error" in text or ("unexpected pos" in text and "vs" in text)

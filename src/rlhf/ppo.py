@@ -69,6 +69,7 @@ from rlhf.training import (
     refuse_other_architecture,
     resolve,
     say,
+    settle_precision,
     synchronise,
     trackers,
     work_folder,
@@ -129,6 +130,7 @@ def run(args: PPOArgs) -> Artifact | None:
 
 def make_accelerator(args: PPOArgs, work: Path) -> Accelerator:
     handlers = [InitProcessGroupKwargs(backend="gloo")] if needs_gloo() else []
+    settle_precision(args)
     accelerator = Accelerator(
         mixed_precision="bf16" if args.bf16 else "no",
         # Not the launcher's: a step is the loop's own, and layers are compiled by torch_compile.

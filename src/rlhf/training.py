@@ -23,7 +23,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments, get_scheduler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import IntervalStrategy
 
@@ -59,7 +59,9 @@ INPUTS = "inputs.json"  # what the run is trained from, beside its checkpoints
 MODEL_PATHS = {"model_name_or_path", "sft_model_path", "reward_model_path", "critic_path"}
 
 
-USERS_LOG_FOLDER = os.environ.get("TENSORBOARD_LOGGING_DIR")  # before a stage of this process set it for itself
+# Before a stage of this process set them for itself.
+USERS_LOG_FOLDER = os.environ.get("TENSORBOARD_LOGGING_DIR")
+LAUNCHED_PRECISION = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 class TrainingError(RLHFError):
@@ -153,6 +155,8 @@ def trainer_arguments(
         "dataloader_pin_memory": torch.cuda.is_available(),
         "restore_callback_states_from_checkpoint": False,
     }
+    if args.bf16 and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        values["use_cpu"] = True  # transformers takes bfloat16 on a CPU only where it is told that none else is meant
     values |= more
     check_optimizer(args.optim)
     known = cls.__dataclass_fields__
@@ -161,12 +165,32 @@ def trainer_arguments(
     for name in args.training_arguments:
         if name not in known:
             raise TrainingError(f"training_arguments: {cls.__name__} has no {name!r}")
+        if name in ("deepspeed", "fsdp", "fsdp_config"):
+            raise TrainingError(f"training_arguments: {name} is the launch's; choose a file of configs/accelerate")
+    check_scheduler(args)
+    settle_precision(args)
     if USERS_LOG_FOLDER is None:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(log_folder(work))
     try:
         return cls(**values | args.training_arguments)
     except (ValueError, TypeError) as error:
         raise TrainingError(f"{cls.__name__}: {' '.join(str(error).split())}") from error
+
+
+def settle_precision(args: StageArgs) -> None:
+    """The stage's `bf16` decides, and not what the launcher was told: else a run would not be what its manifest says."""
+    if LAUNCHED_PRECISION not in ("no", "bf16" if args.bf16 else "no"):
+        say(f"the launcher's mixed precision ({LAUNCHED_PRECISION}) is not used; give --bf16 true for bfloat16")
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if args.bf16 else "no"
+
+
+def check_scheduler(args: TrainerArgs) -> None:
+    """Refuses a schedule, or arguments that it does not take, before anything is trained."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 0, 10, dict(args.scheduler_kwargs))
+    except (TypeError, ValueError) as error:
+        raise TrainingError(f"lr_scheduler_type {args.lr_scheduler_type}: {' '.join(str(error).split())}") from error
 
 
 def optimizer_name(args: StageArgs) -> str:
