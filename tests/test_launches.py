@@ -210,6 +210,24 @@ def test_two_processes_follow_one(tmp_path, alone, strategy):
         follows(tiny.history(one), tiny.history(two))
 
 
+@pytest.mark.slow
+def test_under_fsdp_in_bfloat16_the_reference_starts_equal(tmp_path):
+    """Rollout, reference and update see the same bfloat16 weights; those that learn are float32, and are published so."""
+    registry = test_ppo.stages(tmp_path)
+    args = stage_args(tmp_path, PROCESSES)["ppo"]
+    args = dataclasses.replace(args, bf16=True, gradient_checkpointing=True, num_ppo_epochs=1)
+    words = ["tests/launched.py", "ppo", tiny.write_config(tmp_path / "ppo.json", args)]
+    done = tiny.launch(command("fsdp2", *words), **variables("fsdp2"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    end = registry.require("ppo", "tiny")
+    first, second = tiny.history(end)
+    assert first["objective/kl"] == 0 and second["objective/kl_k3"] > 0
+    for line in (first, second):
+        assert line["policy/first_ratio"] == pytest.approx(1, abs=1e-6)
+    for part in ("", "critic", "ema"):
+        assert {w.dtype for w in load_file(end.path / part / "model.safetensors").values()} == {torch.float32}
+
+
 def pretrain_args(folder, processes):
     """Two steps an epoch of seven blocks, which two processes cannot share."""
     batch = {"per_device_train_batch_size": 4 // processes, "adam_epsilon": 1e-5}
