@@ -604,6 +604,22 @@ def test_the_command_is_one_that_the_stage_understands(stage, gpus):
     assert stage != "ppo" or args.ds3_gather_for_generation == found.setup.gather
 
 
+@pytest.mark.parametrize("stage", ["sft", "rm"])
+@pytest.mark.parametrize("gpu_gib", [20, 24, 40, 80])
+@pytest.mark.parametrize(("gpus", "batch", "step"), [(1, 24, 24), (8, 96, 96), (3, 32, 33), (5, 32, 35), (64, 32, 64)])
+def test_a_step_is_of_the_batch_that_is_asked_for_or_a_note_says_what_it_is(gpus, batch, step, gpu_gib, stage):
+    found = plan(stage, model="opt-1.3b", gpus=gpus, gpu_gib=gpu_gib, sft_batch=batch, rm_batch=batch)
+    assert found.setup.micro * found.accumulation * gpus == step
+    said = [note for note in found.notes if note.startswith(f"an optimiser step is of {step}, not {batch}")]
+    assert len(said) == (step != batch)
+
+
+def test_micro_batches():
+    assert search.micro_batches("sft", 12) == [12, 6, 4, 3, 2, 1]
+    assert search.micro_batches("ppo", 12) == [12, 8, 4, 2, 1]
+    assert search.micro_batches("rm", 1) == search.micro_batches("ppo", 1) == [1]
+
+
 # --------------------------------------------------------------------------------------------------------------- command
 
 
@@ -627,7 +643,7 @@ def test_the_table_says_at_what_speed_layers_come():
 
 
 def test_json():
-    done = rlhf("--model", "opt-125m", "--stage", "sft", "--json")
+    done = rlhf("--model", "opt-125m", "--stage", "sft", "--json", "--num-mini-batches", 3)  # which is PPO's
     found = json.loads(done.stdout)
     assert found["model"]["parameters"] == 125_239_296
     assert found["stages"]["sft"]["bytes"]["weights"] == 4 * 125_239_296
@@ -641,6 +657,11 @@ def test_json():
         (["--model", "opt-125m", "--max-length", "4096"], "4096 tokens do not fit in the context of 2048"),
         (["--model", "opt-125m", "--mfu", "1.5"], "--mfu is a share from 0 to 1"),
         (["--model", "opt-125m", "--gather-gb-s", "0"], "--gather-gb-s must be above 0 and is 0"),
+        (["--model", "gpt2", "--gpus", "9"], "--gpus 9 are not the same number on each of 2 machines; give 8 or 10"),
+        (["--model", "gpt2", "--gpus", "17"], "each of 3 machines; give 16 or 18"),
+        (["--model", "gpt2", "--gpus", "23", "--gpus-per-node", "8"], "each of 3 machines; give 21 or 24"),
+        (["--model", "gpt2", "--num-mini-batches", "3"], "--num-mini-batches must divide --ppo-batch (512) and is 3"),
+        (["--model", "gpt2", "--num-mini-batches", "1000"], "--num-mini-batches must divide --ppo-batch (512) and"),
         (["--model", "opt-66b", "--gpu-memory", "8", "--stage", "ppo"], "fits nowhere on 1 x 8 GiB: the closest"),
         (["--model", "no/such-model"], "no built-in shape or folder 'no/such-model'"),
     ],

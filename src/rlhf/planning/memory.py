@@ -86,6 +86,10 @@ class Job:
     lora_r: int = 16
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of a base below adapters
 
+    @property
+    def machines(self) -> int:
+        return math.ceil(self.gpus / self.per_node)
+
 
 @dataclass(frozen=True)
 class Setup:

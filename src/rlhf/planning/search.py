@@ -56,7 +56,7 @@ class Plan:
 def candidates(stage: str, job: Job, strategies: Sequence[str]) -> Iterator[Setup]:
     """Configurations from the simplest and fastest to the most frugal."""
     most = items(stage, job)
-    micros = [most] + [2**k for k in range(int(math.log2(most)), -1, -1) if 2**k < most]
+    micros = micro_batches(stage, most)
     length = {"sft": job.sft_length, "rm": job.rm_length * job.completions, "ppo": job.prompt + job.response}[stage]
     enough = [m for m in micros if m * length >= ENOUGH_TOKENS or m == most]
     # One GPU has nobody to share with. Gathering layers one at a time is the last resort: the slowest.
@@ -66,6 +66,18 @@ def candidates(stage: str, job: Job, strategies: Sequence[str]) -> Iterator[Setu
         for checkpointing, sizes in ((False, enough), (True, micros), (False, micros)):
             for micro in sizes:
                 yield replace(setup_of(name, job, checkpointing, micro), gather=gather)
+
+
+def micro_batches(stage: str, most: int) -> list[int]:
+    """Sizes to try, from all items of a GPU down to one.
+
+    SFT's and RM's micro-batches are all alike, so that only sizes that divide the items keep the batch; PPO's last one may be
+    smaller than the others.
+    """
+    if stage == "ppo":
+        return [most] + [2**k for k in range(int(math.log2(most)), -1, -1) if 2**k < most]
+    small = [k for k in range(1, math.isqrt(most) + 1) if most % k == 0]
+    return sorted({*small, *(most // k for k in small)}, reverse=True)
 
 
 def setup_of(name: str, job: Job, checkpointing: bool, micro: int) -> Setup:
@@ -149,11 +161,14 @@ def _plan(stage: str, job: Job, setup: Setup, memory: Memory, assume: Assumption
 def _notes(stage: str, job: Job, setup: Setup, memory: Memory) -> list[str]:
     found = []
     shape = job.reward if stage == "rm" else job.model
+    step, wanted = items(stage, job) * job.gpus, {"sft": job.sft_batch, "rm": job.rm_batch}.get(stage)
+    if wanted not in (None, step):  # PPO's processes may have unequal shares
+        found.append(f"an optimiser step is of {step}, not {wanted}: each of {job.gpus} GPUs takes as many")
     if shape.approximate:
         found.append(f"activations of {shape.name} are estimated by {shape.family}'s layers")
     if setup.sharding.offload:
         found.append(
-            f"{memory.host * min(job.gpus, job.per_node) / GIB:.0f} GiB of memory on each machine; hours are without "
+            f"{memory.host * job.gpus / job.machines / GIB:.0f} GiB of memory on each machine; hours are without "
             "the time of moving states between CPU and GPU"
         )
     if not setup.gather:
@@ -170,11 +185,10 @@ def _notes(stage: str, job: Job, setup: Setup, memory: Memory) -> list[str]:
 
 def launch_command(stage: str, job: Job, setup: Setup, accumulation: int) -> str:
     """`accelerate launch` with the strategy's file and the overrides; what is left to fill in is in capitals."""
-    machines = math.ceil(job.gpus / job.per_node)
     launch = [f"accelerate launch --config_file configs/accelerate/{setup.strategy}.yaml --num_processes {job.gpus}"]
-    if machines > 1:
+    if job.machines > 1:
         launch.append(
-            f"--num_machines {machines} --machine_rank MACHINE --main_process_ip FIRST_MACHINE --main_process_port 29500"
+            f"--num_machines {job.machines} --machine_rank MACHINE --main_process_ip FIRST_MACHINE --main_process_port 29500"
         )
     return " ".join([*launch, SCRIPTS[stage], "--config RECIPE.yaml", *_overrides(stage, job, setup, accumulation)])
 

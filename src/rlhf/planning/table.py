@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from typing import Any
 
@@ -44,6 +45,7 @@ def job_of(args: argparse.Namespace) -> Job:
     ):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise PlanError(f"--{name.replace('_', '-')} must be above 0 and is {getattr(args, name)}")
+    check_counts(args)
     model = find(args.model)
     reward = find(args.reward_model) if args.reward_model else model
     context = min(model.positions, reward.positions)
@@ -70,11 +72,22 @@ def job_of(args: argparse.Namespace) -> Job:
         prompt=prompt,
         response=response,
         ppo_batch=args.ppo_batch,
-        ppo_minibatch=max(1, args.ppo_batch // args.num_mini_batches),
+        ppo_minibatch=args.ppo_batch // args.num_mini_batches,
         rollout_batch=args.rollout_batch,
         ptx=not args.no_ptx,
         ema=not args.no_ema,
     )
+
+
+def check_counts(args: argparse.Namespace) -> None:
+    """Raises PlanError for what a launch refuses or does otherwise: accelerate starts as many processes on each machine."""
+    gpus, size = args.gpus, args.gpus_per_node
+    machines = math.ceil(gpus / size)
+    if gpus % machines:
+        fewer, more = max(gpus // machines * machines, (machines - 1) * size), (gpus // machines + 1) * machines
+        raise PlanError(f"--gpus {gpus} are not the same number on each of {machines} machines; give {fewer} or {more}")
+    if "ppo" in args.stage and args.ppo_batch % args.num_mini_batches:
+        raise PlanError(f"--num-mini-batches must divide --ppo-batch ({args.ppo_batch}) and is {args.num_mini_batches}")
 
 
 def assumptions_of(args: argparse.Namespace) -> Assumptions:
