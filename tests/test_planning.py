@@ -20,11 +20,11 @@ from transformers import (
     OPTConfig,
 )
 
-from rlhf import config
+from rlhf import cli, config
 from rlhf.models import fuse_activations, hidden_states, values_at
 from rlhf.objectives import ema_update, ranking_loss
 from rlhf.planning import activations as act
-from rlhf.planning import memory, search
+from rlhf.planning import memory, search, table
 from rlhf.planning.activations import Pass
 from rlhf.planning.memory import Job, Setup
 from rlhf.planning.search import GIB, Assumptions
@@ -623,6 +623,18 @@ def test_micro_batches():
 # --------------------------------------------------------------------------------------------------------------- command
 
 
+def asked(*words):
+    return cli.build_parser().parse_args(["plan", *map(str, words)])
+
+
+def refused(*words):
+    """The line that a plan ends with."""
+    with pytest.raises(PlanError) as caught:
+        table.run(asked(*words))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
 def rlhf(*words):
     command = [sys.executable, "-m", "rlhf.cli", "plan", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -648,6 +660,38 @@ def test_json():
     assert found["model"]["parameters"] == 125_239_296
     assert found["stages"]["sft"]["bytes"]["weights"] == 4 * 125_239_296
     assert found["stages"]["sft"]["peak_bytes"] < 80 * GIB
+
+
+HUGE = "1" + "0" * 400
+POSITIVE_OPTIONS = (
+    "gpus", "gpus-per-node", "gpu-memory", "max-length", "prompt-length", "response-length", "sft-batch", "rm-batch",
+    "completions", "ppo-batch", "num-mini-batches", "rollout-batch", "tflops", "gather-gb-s", "sft-epochs",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("option", POSITIVE_OPTIONS)
+def test_numbers_above_0(option):
+    for value in (0, -4):
+        line = refused("--model", "gpt2", f"--{option}", value)
+        assert line.startswith(f"--{option} must be above 0 and is {value}")
+    assert refused("--model", "gpt2", f"--{option}", HUGE).startswith(f"--{option} must be below 1e+12 and is ")
+
+
+@pytest.mark.parametrize("option", ["demonstrations", "comparisons", "episodes", "ptx-ratio"])
+def test_numbers_from_0(option):
+    table.run(asked("--model", "gpt2", f"--{option}", 0))
+    assert f"--{option} must be 0 or more and is -5" in refused("--model", "gpt2", f"--{option}", -5)
+    assert f"--{option} must be below" in refused("--model", "gpt2", f"--{option}", HUGE)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize(
+    "option",
+    ["gpu-memory", "tflops", "gather-gb-s", "sft-epochs", "ptx-ratio", "mfu", "generation-share", "reserve"],
+)
+def test_numbers_are_finite(option, value):
+    line = refused("--model", "gpt2", f"--{option}", value)
+    assert line.startswith(f"--{option} ") and line.endswith(f"and is {value}")
 
 
 @pytest.mark.parametrize(

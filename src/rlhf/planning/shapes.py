@@ -14,6 +14,7 @@ from typing import Any
 from rlhf import RLHFError
 
 OPT_POSITION_OFFSET = 2  # OPT's table of positions has two rows more than positions
+TOO_LARGE = 10**12  # for any number of a plan
 
 
 class PlanError(RLHFError):

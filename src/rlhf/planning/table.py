@@ -11,11 +11,18 @@ from typing import Any
 
 from rlhf.planning.memory import PARTS, Job
 from rlhf.planning.search import GIB, STRATEGIES, Assumptions, Plan, describe, smallest
-from rlhf.planning.shapes import PlanError, Shape, find
+from rlhf.planning.shapes import TOO_LARGE, PlanError, Shape, find
+
+POSITIVE = (
+    "gpus", "gpus_per_node", "gpu_memory", "max_length", "prompt_length", "response_length", "sft_batch", "rm_batch",
+    "completions", "ppo_batch", "num_mini_batches", "rollout_batch", "tflops", "gather_gb_s", "sft_epochs",
+)  # fmt: skip
+FROM_ZERO = ("demonstrations", "comparisons", "episodes", "ptx_ratio")
 
 
 def run(args: argparse.Namespace) -> None:
     """Prints the plans. Raises PlanError after them where a stage fits nowhere."""
+    check_numbers(args)
     job, assume = job_of(args), assumptions_of(args)
     plans: list[Plan] = []
     failures: list[str] = []
@@ -34,17 +41,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def job_of(args: argparse.Namespace) -> Job:
-    for name in (
-        "gpus",
-        "gpus_per_node",
-        "gpu_memory",
-        "prompt_length",
-        "response_length",
-        "max_length",
-        "completions",
-    ):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            raise PlanError(f"--{name.replace('_', '-')} must be above 0 and is {getattr(args, name)}")
     check_counts(args)
     model = find(args.model)
     reward = find(args.reward_model) if args.reward_model else model
@@ -79,6 +75,18 @@ def job_of(args: argparse.Namespace) -> Job:
     )
 
 
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raises PlanError for a number that nothing can be counted with."""
+    for name in (*POSITIVE, *FROM_ZERO):
+        value, option = getattr(args, name), f"--{name.replace('_', '-')}"
+        if value is None:
+            continue
+        if not (value > 0 or (value == 0 and name in FROM_ZERO)):
+            raise PlanError(f"{option} must be {'0 or more' if name in FROM_ZERO else 'above 0'} and is {value}")
+        if value >= TOO_LARGE:
+            raise PlanError(f"{option} must be below {TOO_LARGE:.0e} and is {str(value)[:20]}")
+
+
 def check_counts(args: argparse.Namespace) -> None:
     """Raises PlanError for what a launch refuses or does otherwise: accelerate starts as many processes on each machine."""
     gpus, size = args.gpus, args.gpus_per_node
@@ -97,9 +105,6 @@ def assumptions_of(args: argparse.Namespace) -> Assumptions:
         value = getattr(assume, name)
         if not 0 <= value < 1 or (name == "mfu" and value == 0):
             raise PlanError(f"--{name.replace('_', '-')} is a share from 0 to 1 and is {value}")
-    for name in ("tflops", "gather_gb_s"):
-        if not getattr(assume, name) > 0:
-            raise PlanError(f"--{name.replace('_', '-')} must be above 0 and is {getattr(assume, name)}")
     return assume
 
 
