@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GPT2Config,
@@ -117,11 +118,114 @@ def test_a_folder_with_another_architecture_is_counted(tmp_path):
     loaded.save_pretrained(tmp_path)
     shape = find(str(tmp_path))
     model = AutoModelForCausalLM.from_config(loaded)
-    assert (shape.family, shape.kv_heads, shape.tied) == ("llama", 2, False)
+    assert (shape.family, shape.kv_heads) == ("llama", 2)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     loaded.num_labels = 1
     scalar = AutoModelForSequenceClassification.from_config(loaded)
     assert shape.scalar_parameters == sum(p.numel() for p in scalar.parameters())
+
+
+VARIANTS = [
+    ("gpt2", {"tie_word_embeddings": False}),
+    ("gpt2", {"add_cross_attention": True}),
+    ("opt", {"tie_word_embeddings": False}),
+    ("opt-post", {"tie_word_embeddings": False}),
+    ("opt", {"enable_bias": False}),
+    ("opt", {"layer_norm_elementwise_affine": False}),
+]
+
+
+def assert_counted(shape, loaded):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(loaded)
+        loaded.num_labels = 1
+        scalar = AutoModelForSequenceClassification.from_config(loaded)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert shape.scalar_parameters == sum(p.numel() for p in scalar.parameters())
+
+
+@pytest.mark.parametrize(("kind", "values"), VARIANTS)
+def test_a_variant_of_gpt2_or_opt_is_counted_and_keeps_its_familys_activations(kind, values):
+    loaded = config_of(kind)
+    plain = from_config(kind, loaded.to_dict())
+    for key, value in values.items():
+        setattr(loaded, key, value)
+    shape = from_config(kind, loaded.to_dict())
+    assert dataclasses.replace(shape, counted=None) == plain
+    assert_counted(shape, loaded)
+
+
+@pytest.mark.parametrize("kind", ["phi", "gptj"])
+def test_a_bias_of_the_unembedding_goes_with_it(kind):
+    loaded = AutoConfig.for_model(kind, vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    assert_counted(from_config(kind, loaded.to_dict()), loaded)
+
+
+def test_tables_are_no_matrices_of_the_layers():
+    """A layer of GPT-2 has 12 · 64² numbers in matrices; tables of tokens and positions, and an unembedding, are outside."""
+    loaded = config_of("gpt2")
+    loaded.tie_word_embeddings = False
+    assert from_config("gpt2", loaded.to_dict()).matrix_parameters == 3 * 12 * 64**2
+
+
+GPT2, OPT = {"model_type": "gpt2"}, {"model_type": "opt"}
+SIZED = "must be a whole number above 0 and is"
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([], "does not describe a model: it has no model_type"),
+        (None, "does not describe a model: it has no model_type"),
+        ("gpt2", "does not describe a model: it has no model_type"),
+        ({"model_type": []}, "does not describe a model: it has no model_type"),
+        (GPT2 | {"n_head": 0}, f"n_head in the config of {{}} {SIZED} 0"),
+        (GPT2 | {"n_layer": None}, f"n_layer in the config of {{}} {SIZED} None"),
+        (GPT2 | {"n_embd": -768}, f"n_embd in the config of {{}} {SIZED} -768"),
+        (GPT2 | {"n_inner": "wide"}, f"n_inner in the config of {{}} {SIZED} wide"),
+        (GPT2 | {"n_head": 5}, "768 numbers are not 5 heads of one size"),
+        (OPT | {"num_attention_heads": 0}, f"num_attention_heads in the config of {{}} {SIZED} 0"),
+        (OPT | {"ffn_dim": None}, f"ffn_dim in the config of {{}} {SIZED} None"),
+        (OPT | {"vocab_size": 10**400}, f"vocab_size in the config of {{}} {SIZED} 1000"),
+        ({"model_type": "mamba"}, "mamba has no attention heads: not supported"),
+        ({"model_type": "rwkv"}, "rwkv has no attention heads: not supported"),
+        ({"model_type": "no-such-type"}, "does not describe a causal LM to plan: Unrecognized model identifier"),
+        ({"model_type": "vit"}, "does not describe a causal LM to plan: Unrecognized configuration class"),
+        ({"model_type": "llama", "num_attention_heads": 0}, "does not describe a causal LM to plan: "),
+    ],
+)
+def test_a_config_that_describes_no_model_is_one_short_line(tmp_path, content, text):
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(PlanError) as caught:
+        find(str(tmp_path))
+    line = str(caught.value)
+    assert text.format(tmp_path) in line and "\n" not in line and len(line) < 300 + len(str(tmp_path))
+
+
+def test_a_config_with_layers_of_several_sizes_is_one_short_line(monkeypatch):
+    """transformers raises RuntimeError where an attribute is not the same in all layers."""
+
+    def differs(config):
+        raise RuntimeError("'head_dim' is a per-layer attribute")
+
+    monkeypatch.setattr(LlamaConfig, "head_dim", property(differs, lambda config, value: None))
+    with pytest.raises(PlanError, match="does not describe a causal LM to plan: 'head_dim' is a per-layer attribute"):
+        from_config("llama", {"model_type": "llama"})
+
+
+def test_a_folder_that_cannot_be_read_is_one_short_line(tmp_path, monkeypatch):
+    with pytest.raises(PlanError, match=r"cannot read a+: File name too long"):
+        find("a" * 300)
+    (tmp_path / "config.json").write_text("{" * 10_000)
+    with pytest.raises(PlanError, match=r"config.json does not describe a model: "):
+        find(str(tmp_path))
+
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", forbidden)
+    with pytest.raises(PlanError, match=r"cannot read /root/x/config.json: Permission denied"):
+        find("/root/x")
 
 
 # ------------------------------------------------------------------------------------------------------------- activations
@@ -460,7 +564,7 @@ def test_critic_values_need_no_logits():
 
 def test_zero_of_the_paper():
     # Rajbhandari et al. 2020, figure 1: 7.5 B parameters on 64 GPUs, K = 12: 31.4, 16.6 and 1.9 GB.
-    shape = dataclasses.replace(BUILT_IN["opt-6.7b"], counted=(7_500_000_000, 7_000_000_000))
+    shape = dataclasses.replace(BUILT_IN["opt-6.7b"], counted=(7_500_000_000, 7_000_000_000, 7_500_000_000))
     job = Job(model=shape, reward=shape, gpus=64)
     found = [memory.states(shape, shape.parameters, job, Setup(f"zero{z}")).total / 1e9 for z in (1, 2, 3)]
     assert found == pytest.approx([31.4, 16.6, 1.875], abs=0.06)

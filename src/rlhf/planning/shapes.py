@@ -1,13 +1,13 @@
 """How large a model is: what a config says, and the exact number of its parameters.
 
-GPT-2's and OPT's numbers follow from formulas; of any other architecture transformers builds the model on the meta device,
-which costs no memory, and the parameters are counted.
+GPT-2's and OPT's numbers follow from formulas; of any other architecture, or a variant of theirs, transformers builds the model
+on the meta device, which costs no memory, and the parameters are counted.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ class PlanError(RLHFError):
 class Shape:
     """Sizes of a causal LM. `family` is whose activations it keeps: gpt2, opt, or llama (gated MLP, RMSNorm, rotary).
 
-    embed: width of the token embeddings, which OPT-350m projects to `hidden`. counted: all parameters, and those of the layers'
-    matrices, of an architecture without a formula here. approximate: its layers may keep other activations than the family's.
+    embed: width of the token embeddings, which OPT-350m projects to `hidden`. counted: all parameters, those of the layers' matrices,
+    and all with a scalar head, where there is no formula here. approximate: its layers may keep other activations than the family's.
     """
 
     name: str
@@ -41,10 +41,9 @@ class Shape:
     kv_heads: int
     head_dim: int
     pre_norm: bool = True
-    tied: bool = True
     attention_dropout: float = 0.0
     embedding_dropout: float = 0.0
-    counted: tuple[int, int] | None = None
+    counted: tuple[int, int, int] | None = None
     approximate: bool = False
 
     @property
@@ -70,7 +69,7 @@ class Shape:
     @property
     def scalar_parameters(self) -> int:
         """Parameters of the reward model or critic: a scalar head, without bias, in the place of the unembedding."""
-        return self.parameters + self.embed - (0 if self.tied else self.vocab * self.embed)
+        return self.parameters + self.embed if self.counted is None else self.counted[2]
 
     @property
     def matrix_parameters(self) -> int:
@@ -136,83 +135,121 @@ def find(model: str) -> Shape:
     name = model
     for owner in OWNERS:
         name = name.removeprefix(owner)
-    if name.lower() in BUILT_IN and not Path(model).exists():
-        return BUILT_IN[name.lower()]
     config = Path(model) / "config.json"
-    if config.is_file():
-        try:
-            return from_config(model, json.loads(config.read_text(encoding="utf-8")))
-        except (ValueError, KeyError, TypeError) as error:
-            raise PlanError(f"{config} does not describe a model: {error}") from None
-    return from_config(model, _hub_config(model))
+    try:
+        if name.lower() in BUILT_IN and not Path(model).exists():
+            return BUILT_IN[name.lower()]
+        found = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else _hub_config(model)
+    except OSError as error:  # a name too long, or a folder that may not be read
+        raise PlanError(f"cannot read {str(config)[:160]}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"{str(config)[:160]} does not describe a model: {_reason(error)}") from None
+    return from_config(model, found)
 
 
-def _hub_config(model: str) -> dict[str, Any]:
+def _reason(error: Exception) -> str:
+    """The start of what a library says, which can be pages."""
+    return " ".join(str(error).split())[:160]
+
+
+def _hub_config(model: str) -> Any:
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(model).to_dict()
     except Exception as error:  # OSError without network, ValueError for a type unknown, and whatever the Hub answers
-        reason = " ".join(str(error).split())[:160]
         raise PlanError(
-            f"no built-in shape or folder {model!r}, and its config cannot be loaded ({reason}); built in: "
+            f"no built-in shape or folder {model!r}, and its config cannot be loaded ({_reason(error)}); built in: "
             + ", ".join(BUILT_IN)
         ) from None
 
 
-def from_config(name: str, config: dict[str, Any]) -> Shape:
+def from_config(name: str, config: Any) -> Shape:
     """The shape that a config (the contents of config.json) describes."""
-    kind = config.get("model_type")
-    if kind == "gpt2":
-        return _from_gpt2(name, config)
-    if kind == "opt":
-        return _from_opt(name, config)
-    return _counted(name, config)
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(kind, str):
+        raise PlanError(f"the config of {name} does not describe a model: it has no model_type")
+    if kind not in FORMULAS:
+        return _counted(name, config)
+    shape = _from_gpt2(name, config) if kind == "gpt2" else _from_opt(name, config)
+    if all(config.get(key, value) == value for key, value in FORMULAS[kind].items()):
+        return shape
+    return replace(shape, counted=_counted(name, config).counted)
+
+
+# What the formulas of parameters rest on; a model with another value is counted.
+FORMULAS: dict[str, dict[str, bool]] = {
+    "gpt2": {"tie_word_embeddings": True, "add_cross_attention": False},
+    "opt": {"tie_word_embeddings": True, "enable_bias": True, "layer_norm_elementwise_affine": True},
+}
+
+
+def _size(name: str, key: str, value: Any) -> int:
+    """A size in a config. Raises PlanError where it is none."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < TOO_LARGE:
+        raise PlanError(f"{key} in the config of {name} must be a whole number above 0 and is {str(value)[:20]}")
+    return value
+
+
+def _head_dim(name: str, hidden: int, heads: int) -> int:
+    if hidden % heads:
+        raise PlanError(
+            f"the config of {name} does not describe a model: {hidden} numbers are not {heads} heads of one size"
+        )
+    return hidden // heads
 
 
 def _from_gpt2(name: str, config: dict[str, Any]) -> Shape:
-    get = {
-        "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12,
-        "attn_pdrop": 0.1, "embd_pdrop": 0.1,
-    } | config  # fmt: skip
+    default = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
+    size = {key: _size(name, key, config.get(key, value)) for key, value in default.items()}
+    hidden, heads = size["n_embd"], size["n_head"]
+    inner = config.get("n_inner")
     return Shape(
         name=name,
         family="gpt2",
-        vocab=get["vocab_size"],
-        positions=get["n_positions"],
-        hidden=get["n_embd"],
-        layers=get["n_layer"],
-        heads=get["n_head"],
-        ffn=get.get("n_inner") or 4 * get["n_embd"],
-        embed=get["n_embd"],
-        kv_heads=get["n_head"],
-        head_dim=get["n_embd"] // get["n_head"],
-        attention_dropout=get["attn_pdrop"],
-        embedding_dropout=get["embd_pdrop"],
+        vocab=size["vocab_size"],
+        positions=size["n_positions"],
+        hidden=hidden,
+        layers=size["n_layer"],
+        heads=heads,
+        ffn=4 * hidden if inner is None else _size(name, "n_inner", inner),
+        embed=hidden,
+        kv_heads=heads,
+        head_dim=_head_dim(name, hidden, heads),
+        attention_dropout=config.get("attn_pdrop", 0.1),
+        embedding_dropout=config.get("embd_pdrop", 0.1),
     )
 
 
 def _from_opt(name: str, config: dict[str, Any]) -> Shape:
-    get = {
+    default = {
         "vocab_size": 50272, "max_position_embeddings": 2048, "hidden_size": 768, "num_hidden_layers": 12,
-        "num_attention_heads": 12, "ffn_dim": 3072, "do_layer_norm_before": True, "_remove_final_layer_norm": False,
-        "attention_dropout": 0.0,
-    } | config  # fmt: skip
+        "num_attention_heads": 12, "ffn_dim": 3072,
+    }  # fmt: skip
+    size = {key: _size(name, key, config.get(key, value)) for key, value in default.items()}
+    hidden, heads = size["hidden_size"], size["num_attention_heads"]
+    embed = config.get("word_embed_proj_dim")
     return Shape(
         name=name,
         family="opt",
-        vocab=get["vocab_size"],
-        positions=get["max_position_embeddings"],
-        hidden=get["hidden_size"],
-        layers=get["num_hidden_layers"],
-        heads=get["num_attention_heads"],
-        ffn=get["ffn_dim"],
-        embed=get.get("word_embed_proj_dim") or get["hidden_size"],
-        kv_heads=get["num_attention_heads"],
-        head_dim=get["hidden_size"] // get["num_attention_heads"],
-        pre_norm=get["do_layer_norm_before"] and not get["_remove_final_layer_norm"],
-        attention_dropout=get["attention_dropout"],
+        vocab=size["vocab_size"],
+        positions=size["max_position_embeddings"],
+        hidden=hidden,
+        layers=size["num_hidden_layers"],
+        heads=heads,
+        ffn=size["ffn_dim"],
+        embed=hidden if embed is None else _size(name, "word_embed_proj_dim", embed),
+        kv_heads=heads,
+        head_dim=_head_dim(name, hidden, heads),
+        pre_norm=config.get("do_layer_norm_before", True) and not config.get("_remove_final_layer_norm", False),
+        attention_dropout=config.get("attention_dropout", 0.0),
     )
+
+
+SIZES = (
+    "vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "intermediate_size", "ffn_dim",
+)  # fmt: skip
 
 
 def _counted(name: str, config: dict[str, Any]) -> Shape:
@@ -224,27 +261,43 @@ def _counted(name: str, config: dict[str, Any]) -> Shape:
         loaded = AutoConfig.for_model(**config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(loaded)
+        text = loaded.get_text_config()
+        found = {key: getattr(text, key, None) for key in SIZES}  # raises where layers differ in one
     except Exception as error:
-        raise PlanError(f"{name}: no causal LM can be built from its config: {' '.join(str(error).split())}") from None
-    text = loaded.get_text_config()
-    tables = {id(e.weight) for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None}
-    matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in tables)
-    hidden, heads = text.hidden_size, text.num_attention_heads
-    ffn = getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", None) or 4 * hidden
+        raise PlanError(f"{name}: its config does not describe a causal LM to plan: {_reason(error)}") from None
+    if not found["num_attention_heads"]:
+        raise PlanError(f"{name}: {loaded.model_type} has no attention heads: not supported")
+
+    def size(key: str, default: Any = None) -> int:
+        return _size(name, key, found[key] or default)
+
+    hidden, heads = size("hidden_size"), size("num_attention_heads")
     gated = any(name.endswith("gate_proj.weight") for name, _ in model.named_parameters())
     return Shape(
         name=name,
         family="llama" if gated else "gpt2",  # without a gate, what GPT-2 keeps is the upper end of what is common
-        vocab=text.vocab_size,
-        positions=getattr(text, "max_position_embeddings", None) or 2048,
+        vocab=size("vocab_size"),
+        positions=size("max_position_embeddings", 2048),
         hidden=hidden,
-        layers=text.num_hidden_layers,
+        layers=size("num_hidden_layers"),
         heads=heads,
-        ffn=ffn,
+        ffn=size("intermediate_size", found["ffn_dim"] or 4 * hidden),
         embed=hidden,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or hidden // heads,
-        tied=len(tables) == 1,
-        counted=(sum(p.numel() for p in model.parameters()), matrices),
+        kv_heads=size("num_key_value_heads", heads),
+        head_dim=size("head_dim", hidden // heads),
+        counted=_count(model),
         approximate=loaded.model_type not in ("llama", "mistral", "qwen2", "qwen3"),
     )
+
+
+def _count(model: Any) -> tuple[int, int, int]:
+    """Parameters of a causal LM, of its layers' matrices, and of the model with a scalar head in place of the unembedding."""
+    from torch import nn
+
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = model.get_output_embeddings()
+    own = [p for p in head.parameters() if id(p) not in tables]  # a weight that is not tied, and a bias
+    outside = tables | {id(p) for p in own}
+    total = sum(p.numel() for p in model.parameters())
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in outside)
+    return total, matrices, total - sum(p.numel() for p in own) + head.weight.shape[-1]
