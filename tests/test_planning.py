@@ -766,6 +766,29 @@ def test_json():
     assert found["stages"]["sft"]["peak_bytes"] < 80 * GIB
 
 
+@pytest.mark.parametrize(
+    ("words", "lengths"),
+    [
+        (["--model", "gpt2", "--reward-model", "opt-125m", "--max-length", 2048, "--stage", "rm"], "rm 2048"),
+        (["--model", "opt-125m", "--reward-model", "gpt2", "--stage", "sft"], "sft 2048"),
+        (["--model", "opt-125m", "--reward-model", "gpt2", "--stage", "sft", "rm"], "sft 2048, rm 1024"),
+        (["--model", "gpt2", "--prompt-length", 1024, "--stage", "sft"], "sft 1024"),
+        (["--model", "gpt2", "--max-length", 4, "--stage", "ppo"], "ppo 512 + 512"),
+        (["--model", "opt-125m", "--reward-model", "gpt2", "--stage", "ppo"], "ppo 512 + 512"),
+    ],
+)
+def test_a_stage_has_the_limits_of_its_own_models(words, lengths, capsys):
+    table.run(asked(*words))
+    assert f"as long as they may be ({lengths})" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_shortest_length_is_the_stages_own():
+    for stage in ("sft", "reward"):
+        config.parse(stage, ["--max_length", str(table.SHORTEST), "--dataset_name", "x"])
+        with pytest.raises(config.ConfigError, match="max_length"):
+            config.parse(stage, ["--max_length", str(table.SHORTEST - 1), "--dataset_name", "x"])
+
+
 HUGE = "1" + "0" * 400
 POSITIVE_OPTIONS = (
     "gpus", "gpus-per-node", "gpu-memory", "max-length", "prompt-length", "response-length", "sft-batch", "rm-batch",
@@ -802,7 +825,15 @@ def test_numbers_are_finite(option, value):
     ("words", "text"),
     [
         (["--model", "opt-125m", "--gpus", "0"], "--gpus must be above 0 and is 0"),
-        (["--model", "opt-125m", "--max-length", "4096"], "4096 tokens do not fit in the context of 2048"),
+        (
+            ["--model", "opt-125m", "--max-length", "4096"],
+            "sft: 4096 tokens do not fit in the context of 2048; lower --max",
+        ),
+        (
+            ["--model", "gpt2", "--prompt-length", "1024"],
+            "ppo: 1536 tokens do not fit in the context of 1024; lower --prompt",
+        ),
+        (["--model", "gpt2", "--max-length", "4", "--stage", "rm"], "rm: 4 tokens are less than the 8"),
         (["--model", "opt-125m", "--mfu", "1.5"], "--mfu is a share from 0 to 1"),
         (["--model", "opt-125m", "--gather-gb-s", "0"], "--gather-gb-s must be above 0 and is 0"),
         (["--model", "gpt2", "--gpus", "9"], "--gpus 9 are not the same number on each of 2 machines; give 8 or 10"),

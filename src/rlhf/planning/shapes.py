@@ -25,8 +25,9 @@ class PlanError(RLHFError):
 class Shape:
     """Sizes of a causal LM. `family` is whose activations it keeps: gpt2, opt, or llama (gated MLP, RMSNorm, rotary).
 
-    embed: width of the token embeddings, which OPT-350m projects to `hidden`. counted: all parameters, those of the layers' matrices,
-    and all with a scalar head, where there is no formula here. approximate: its layers may keep other activations than the family's.
+    embed: width of the token embeddings, which OPT-350m projects to `hidden`. counted: all parameters, those of the layers'
+    matrices, and all with a scalar head, where there is no formula here. approximate: its layers may keep other activations than
+    the family's.
     """
 
     name: str

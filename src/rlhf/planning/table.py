@@ -17,6 +17,7 @@ POSITIVE = (
     "gpus", "gpus_per_node", "gpu_memory", "max_length", "prompt_length", "response_length", "sft_batch", "rm_batch",
     "completions", "ppo_batch", "num_mini_batches", "rollout_batch", "tflops", "gather_gb_s", "sft_epochs",
 )  # fmt: skip
+SHORTEST = 8  # `max_length` in the stages' own configs, at least
 FROM_ZERO = ("demonstrations", "comparisons", "episodes", "ptx_ratio")
 
 
@@ -44,15 +45,21 @@ def job_of(args: argparse.Namespace) -> Job:
     check_counts(args)
     model = find(args.model)
     reward = find(args.reward_model) if args.reward_model else model
+    sft, rm = (args.max_length or min(2048, shape.positions) for shape in (model, reward))
     context = min(model.positions, reward.positions)
-    length = args.max_length or min(2048, context)
-    response = args.response_length or min(1024, context // 2)
-    prompt = args.prompt_length or min(1024, context - response)
-    if length > context or prompt < 1 or prompt + response > context:
-        raise PlanError(
-            f"{max(length, prompt + response)} tokens do not fit in the context of {context}; lower "
-            "--max-length, --prompt-length or --response-length"
-        )
+    response = args.response_length or max(1, min(1024, context // 2))
+    prompt = args.prompt_length or max(1, min(1024, context - response))
+    for stage, length, limit, option in (
+        ("sft", sft, model.positions, "--max-length"),
+        ("rm", rm, reward.positions, "--max-length"),
+        ("ppo", prompt + response, context, "--prompt-length or --response-length"),
+    ):
+        if stage in args.stage and length > limit:
+            raise PlanError(f"{stage}: {length} tokens do not fit in the context of {limit}; lower {option}")
+        if stage in args.stage and stage != "ppo" and length < SHORTEST:
+            raise PlanError(
+                f"{stage}: {length} tokens are less than the {SHORTEST} that the stage takes at least; raise {option}"
+            )
     return Job(
         model=model,
         reward=reward,
@@ -60,9 +67,9 @@ def job_of(args: argparse.Namespace) -> Job:
         gpu_gib=args.gpu_memory,
         per_node=args.gpus_per_node,
         precision=args.precision,
-        sft_length=length,
+        sft_length=sft,
         sft_batch=args.sft_batch,
-        rm_length=length,
+        rm_length=rm,
         rm_batch=args.rm_batch,
         completions=args.completions,
         prompt=prompt,
@@ -166,21 +173,21 @@ def show(job: Job, assume: Assumptions, plans: list[Plan]) -> None:
         console.print(f"{plan.stage}:  {plan.command}", markup=False)
         for note in plan.notes:
             console.print(f"      {note}", markup=False)
-    slow = any(not plan.setup.gather for plan in plans)
-    console.print(f"\n{assumptions(job, assume, slow)}", markup=False)
+    console.print(f"\n{assumptions(job, assume, plans)}", markup=False)
 
 
-def assumptions(job: Job, assume: Assumptions, slow: bool = False) -> str:
-    """The sentence under the table. slow: whether a plan gathers layers one at a time."""
+def assumptions(job: Job, assume: Assumptions, plans: list[Plan]) -> str:
+    """The sentence under the table."""
     ptx = f", {assume.ptx_ratio:g} pretraining examples of {job.ptx_block} tokens an episode" if job.ptx else ""
-    lengths = f"sft {job.sft_length}, rm {job.rm_length}, ppo {job.prompt} + {job.response}"
+    lengths = {"sft": f"{job.sft_length}", "rm": f"{job.rm_length}", "ppo": f"{job.prompt} + {job.response}"}
+    long = ", ".join(f"{plan.stage} {lengths[plan.stage]}" for plan in plans)
     generation = f"generation is {assume.generation_share:.0%} of PPO's time without pretraining mix"
-    if slow:
+    if any(not plan.setup.gather for plan in plans):
         generation += f", or comes at {assume.gather_gb_s:g} GB/s a GPU where layers are gathered one at a time"
     return (
         f"Assumed: {assume.tflops:g} TFLOP/s a GPU of which {assume.mfu:.0%} are reached; {generation}; "
         f"{assume.reserve:.0%} of the memory is for "
-        f"CUDA, NCCL and fragmentation; all sequences as long as they may be ({lengths}); {assume.demonstrations} "
+        f"CUDA, NCCL and fragmentation; all sequences as long as they may be ({long}); {assume.demonstrations} "
         f"demonstrations x {assume.sft_epochs:g} epochs, {assume.comparisons} prompts with {job.completions} completions, "
         f"{assume.episodes} episodes{ptx}. The parts are each at their largest; the peak is of one moment, and can be less "
         "than their sum."
