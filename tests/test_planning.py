@@ -4,12 +4,14 @@ import dataclasses
 import gc
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -21,7 +23,7 @@ from transformers import (
     OPTConfig,
 )
 
-from rlhf import cli, config
+from rlhf import RLHFError, cli, config, sft
 from rlhf.models import fuse_activations, hidden_states, values_at
 from rlhf.objectives import ema_update, ranking_loss
 from rlhf.planning import activations as act
@@ -733,7 +735,7 @@ def asked(*words):
 
 def refused(*words):
     """The line that a plan ends with."""
-    with pytest.raises(PlanError) as caught:
+    with pytest.raises(RLHFError) as caught:
         table.run(asked(*words))
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -780,6 +782,32 @@ def test_json():
 def test_a_stage_has_the_limits_of_its_own_models(words, lengths, capsys):
     table.run(asked(*words))
     assert f"as long as they may be ({lengths})" in " ".join(capsys.readouterr().out.split())
+
+
+def test_versions_and_adapters_are_known(tmp_path, monkeypatch):
+    """An adapter has the shape of its base, also where it is no version."""
+    registry = tiny.published(tmp_path, "base")
+    base = find(str(registry.get("tiny/base").path))
+    sft.run(tiny.sft_args(tmp_path, use_peft=True, lora_r=4))
+    adapter = registry.get("tiny/sft")
+    registry.tag(adapter, "best")
+    assert adapter.adapters
+    for words in (
+        ["tiny/sft", "--root", registry.root], ["tiny/sft/v1", "--root", registry.root],
+        ["tiny/sft@best", "--root", registry.root], [adapter.path],
+    ):  # fmt: skip
+        job = table.job_of(asked("--model", *words, "--stage", "rm"))
+        assert job.model == job.reward == dataclasses.replace(base, name="tiny/sft/v1")
+    plain = shutil.copytree(adapter.path, tmp_path / "plain")
+    (plain / "stage.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    config_file = json.loads((plain / "adapter_config.json").read_text())
+    config_file["base_model_name_or_path"] = str(registry.get("tiny/base").path)
+    (plain / "adapter_config.json").write_text(json.dumps(config_file))
+    assert table.shape_of("plain", "runs") == base
+    assert table.shape_of("tiny/base", "runs").name == "tiny/base/v1"
+    assert refused("--model", "tiny/rm").startswith("no rm in run 'tiny'")
+    assert table.shape_of("facebook/opt-125m", "runs") == BUILT_IN["opt-125m"]
 
 
 def test_the_shortest_length_is_the_stages_own():

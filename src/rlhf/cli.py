@@ -203,8 +203,13 @@ def add_plan(commands: Any) -> None:
         commands, "plan", "rlhf.planning.table:run", "memory a GPU, the smallest configuration that fits, and hours"
     )
     add = parser.add_argument
-    add("--model", required=True, help="facebook/opt-13b, gpt2 …, a folder with a config.json, or a Hub id")
+    add(
+        "--model",
+        required=True,
+        help="facebook/opt-13b, gpt2 …, run/stage[/vN], a folder with a config.json, or a Hub id",
+    )
     add("--reward-model", help="the reward model's shape, which is the critic's too (default: --model)")
+    add("--root", default="runs", help="root folder of the registry (default: %(default)s)")
     add("--gpus", type=int, default=1, metavar="N", help="GPUs in all (default: %(default)s)")
     add("--gpu-memory", type=float, default=80, metavar="GIB", help="memory of each (default: %(default)s)")
     add("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of one machine (default: %(default)s)")

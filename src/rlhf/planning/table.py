@@ -6,12 +6,15 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import sys
 from typing import Any
 
+from rlhf.manifest import MANIFEST
 from rlhf.planning.memory import PARTS, Job
 from rlhf.planning.search import GIB, STRATEGIES, Assumptions, Plan, describe, smallest
 from rlhf.planning.shapes import TOO_LARGE, PlanError, Shape, find
+from rlhf.registry import STAGES, Registry
 
 POSITIVE = (
     "gpus", "gpus_per_node", "gpu_memory", "max_length", "prompt_length", "response_length", "sft_batch", "rm_batch",
@@ -43,8 +46,8 @@ def run(args: argparse.Namespace) -> None:
 
 def job_of(args: argparse.Namespace) -> Job:
     check_counts(args)
-    model = find(args.model)
-    reward = find(args.reward_model) if args.reward_model else model
+    model = shape_of(args.model, args.root)
+    reward = shape_of(args.reward_model, args.root) if args.reward_model else model
     sft, rm = (args.max_length or min(2048, shape.positions) for shape in (model, reward))
     context = min(model.positions, reward.positions)
     response = args.response_length or max(1, min(1024, context // 2))
@@ -80,6 +83,22 @@ def job_of(args: argparse.Namespace) -> Job:
         ptx=not args.no_ptx,
         ema=not args.no_ema,
     )
+
+
+def shape_of(model: str, root: str) -> Shape:
+    """The shape of a version, or of an adapter's base, or what `find` knows, for which torch need not be imported."""
+    if os.path.exists(model):
+        known = any(os.path.isfile(os.path.join(model, name)) for name in (MANIFEST, "adapter_config.json"))
+    else:
+        known = model.partition("/")[2].replace("@", "/").split("/")[0] in STAGES
+    if not known:
+        return find(model)
+    from rlhf.bases import start_of
+    from rlhf.training import resolve
+
+    path, artifact = resolve(Registry(root), model, "", "")
+    shape = find(start_of(path).base.path)
+    return shape if artifact is None else dataclasses.replace(shape, name=artifact.ref)
 
 
 def check_numbers(args: argparse.Namespace) -> None:
