@@ -720,6 +720,17 @@ def test_a_step_is_of_the_batch_that_is_asked_for_or_a_note_says_what_it_is(gpus
     assert len(said) == (step != batch)
 
 
+def test_a_faster_strategy_that_fits_is_named():
+    """Of 32 GiB ZeRO 2 needs gradient checkpointing, and ZeRO 3 does not: three passes for four."""
+    sizes = {"model": "opt-6.7b", "gpus": 8, "sft_length": 512}
+    less, more = plan(gpu_gib=24, **sizes), plan(gpu_gib=32, **sizes)
+    assert (less.setup.strategy, less.setup.checkpointing, less.notes) == ("zero3", False, [])
+    assert (more.setup.strategy, more.setup.checkpointing) == ("zero2", True)
+    assert more.hours == pytest.approx(less.hours * 4 / 3)
+    assert more.notes == ["zero3, micro-batch 4, fits as well without gradient checkpointing, and takes 1.3 hours"]
+    assert not plan(gpu_gib=32, strategies=("ddp", "zero1", "zero2", "zero3_offload", "lora"), **sizes).notes
+
+
 def test_micro_batches():
     assert search.micro_batches("sft", 12) == [12, 6, 4, 3, 2, 1]
     assert search.micro_batches("ppo", 12) == [12, 8, 4, 2, 1]

@@ -57,8 +57,7 @@ def candidates(stage: str, job: Job, strategies: Sequence[str]) -> Iterator[Setu
     """Configurations from the simplest and fastest to the most frugal."""
     most = items(stage, job)
     micros = micro_batches(stage, most)
-    length = {"sft": job.sft_length, "rm": job.rm_length * job.completions, "ppo": job.prompt + job.response}[stage]
-    enough = [m for m in micros if m * length >= ENOUGH_TOKENS or m == most]
+    enough = [m for m in micros if is_enough(stage, job, m)]
     # One GPU has nobody to share with. Gathering layers one at a time is the last resort: the slowest.
     possible = [name for name in strategies if job.gpus > 1 or name not in ("zero1", "zero2", "zero3", "fsdp2")]
     by_layer = [name for name in possible if name.startswith("zero3") and stage == "ppo"]
@@ -66,6 +65,12 @@ def candidates(stage: str, job: Job, strategies: Sequence[str]) -> Iterator[Setu
         for checkpointing, sizes in ((False, enough), (True, micros), (False, micros)):
             for micro in sizes:
                 yield replace(setup_of(name, job, checkpointing, micro), gather=gather)
+
+
+def is_enough(stage: str, job: Job, micro: int) -> bool:
+    """Whether a micro-batch keeps a GPU busy, or is all there is."""
+    length = {"sft": job.sft_length, "rm": job.rm_length * job.completions, "ppo": job.prompt + job.response}[stage]
+    return micro * length >= ENOUGH_TOKENS or micro == items(stage, job)
 
 
 def micro_batches(stage: str, most: int) -> list[int]:
@@ -109,12 +114,35 @@ def smallest(stage: str, job: Job, assume: Assumptions, strategies: Sequence[str
         setup = with_rollout(job, candidate, limit) if stage == "ppo" else candidate
         memory = MEMORY[stage](job, setup)
         if memory.peak <= limit:
-            return _plan(stage, job, setup, memory, assume)
+            plan = _plan(stage, job, setup, memory, assume)
+            return replace(plan, notes=[*plan.notes, *_faster(plan, job, assume, strategies)])
         if closest is None or memory.peak < closest[0]:
             closest = (memory.peak, setup, memory)
     if closest is None:
         raise PlanError(f"{stage}: nothing to try among {', '.join(strategies)} on {job.gpus} GPU; add ddp")
     raise PlanError(_closest(stage, job, closest[1], closest[2], limit, strategies))
+
+
+def _faster(plan: Plan, job: Job, assume: Assumptions, strategies: Sequence[str]) -> list[str]:
+    """A note where a more frugal strategy fits as well, and need not compute activations again."""
+    limit, found = job.gpu_gib * GIB * (1 - assume.reserve), plan.setup
+    for candidate in candidates(plan.stage, job, strategies) if found.checkpointing else ():
+        same = (candidate.method, candidate.gather) == (
+            found.method,
+            found.gather,
+        )  # what is trained, and how it decodes
+        if (
+            candidate.checkpointing
+            or candidate.sharding.offload
+            or not same
+            or not is_enough(plan.stage, job, candidate.micro)
+        ):
+            continue
+        setup = with_rollout(job, candidate, limit) if plan.stage == "ppo" else candidate
+        taken = hours(plan.stage, job, setup, assume)
+        if MEMORY[plan.stage](job, setup).peak <= limit and round(taken, 1) < round(plan.hours, 1):
+            return [f"{describe(setup)}, fits as well without gradient checkpointing, and takes {taken:.1f} hours"]
+    return []
 
 
 def _closest(stage: str, job: Job, setup: Setup, memory: Memory, limit: float, strategies: Sequence[str]) -> str:
