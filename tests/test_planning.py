@@ -711,13 +711,13 @@ def test_the_command_is_one_that_the_stage_understands(stage, gpus):
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm"])
-@pytest.mark.parametrize("gpu_gib", [20, 24, 40, 80])
+@pytest.mark.parametrize("gpu_gib", [20, 40, 60, 80])
 @pytest.mark.parametrize(("gpus", "batch", "step"), [(1, 24, 24), (8, 96, 96), (3, 32, 33), (5, 32, 35), (64, 32, 64)])
 def test_a_step_is_of_the_batch_that_is_asked_for_or_a_note_says_what_it_is(gpus, batch, step, gpu_gib, stage):
     found = plan(stage, model="opt-1.3b", gpus=gpus, gpu_gib=gpu_gib, sft_batch=batch, rm_batch=batch)
     assert found.setup.micro * found.accumulation * gpus == step
-    said = [note for note in found.notes if note.startswith(f"an optimiser step is of {step}, not {batch}")]
-    assert len(said) == (step != batch)
+    note = f"an optimiser step is of {step}, not {batch}: each of {gpus} GPUs takes {step // gpus}"
+    assert (note in found.notes) == (step != batch)
 
 
 def test_a_faster_strategy_that_fits_is_named():
@@ -729,6 +729,13 @@ def test_a_faster_strategy_that_fits_is_named():
     assert more.hours == pytest.approx(less.hours * 4 / 3)
     assert more.notes == ["zero3, micro-batch 4, fits as well without gradient checkpointing, and takes 1.3 hours"]
     assert not plan(gpu_gib=32, strategies=("ddp", "zero1", "zero2", "zero3_offload", "lora"), **sizes).notes
+
+
+def test_machines_have_as_many_processes():
+    """Ten GPUs on machines of eight are two times five."""
+    found = plan(model="opt-6.7b", gpus=10, sft_batch=40, strategies=("zero3_offload",))
+    assert "--num_processes 10 --num_machines 2" in found.command
+    assert found.notes[0].startswith(f"{5 * found.memory.host / GIB:.0f} GiB of memory on each machine")
 
 
 def test_micro_batches():

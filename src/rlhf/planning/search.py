@@ -189,9 +189,9 @@ def _plan(stage: str, job: Job, setup: Setup, memory: Memory, assume: Assumption
 def _notes(stage: str, job: Job, setup: Setup, memory: Memory) -> list[str]:
     found = []
     shape = job.reward if stage == "rm" else job.model
-    step, wanted = items(stage, job) * job.gpus, {"sft": job.sft_batch, "rm": job.rm_batch}.get(stage)
-    if wanted not in (None, step):  # PPO's processes may have unequal shares
-        found.append(f"an optimiser step is of {step}, not {wanted}: each of {job.gpus} GPUs takes as many")
+    share, wanted = items(stage, job), {"sft": job.sft_batch, "rm": job.rm_batch}.get(stage)
+    if wanted not in (None, share * job.gpus):  # PPO's processes may have unequal shares
+        found.append(f"an optimiser step is of {share * job.gpus}, not {wanted}: each of {job.gpus} GPUs takes {share}")
     if shape.approximate:
         found.append(f"activations of {shape.name} are estimated by {shape.family}'s layers")
     if setup.sharding.offload:
