@@ -475,6 +475,8 @@ MEASURED = [
     ("opt-1.3b", "sft", 8, {"strategy": "zero3_offload"}, 13.21, 0.05),
     ("opt-1.3b", "rm", 4, {"strategy": "zero3_offload"}, 14.10, 0.25),
     ("opt-1.3b", "ppo", 8, {"strategy": "zero3_offload"}, 13.45, 0.05),
+    ("opt-1.3b", "sft", 8, {"strategy": "fsdp2"}, 25.66, 0.05),
+    ("opt-1.3b", "rm", 4, {"strategy": "fsdp2"}, 29.04, 0.05),
 ]
 
 
@@ -619,6 +621,24 @@ def test_each_saving_saves():
         assert saving["update"]["activations"] < plain["update"]["activations"]
         lora, qlora = (memory.MEMORY[stage](job, Setup("ddp", method)).peak for method in ("lora", "qlora"))
         assert qlora < lora < peaks[0]
+
+
+def test_fsdp_spreads_float32_and_gathers_two_layers():
+    """By hand: GPT-2's layers are 12 · 768² numbers, what is outside of them the rest; 16-bit weights, a float32 sum."""
+    shape = find("gpt2")
+    job = Job(shape, shape, gpus=4, sft_batch=4)
+    held = memory.states(shape, shape.parameters, job, Setup("fsdp2"))
+    n, layer = shape.parameters, 12 * 768**2
+    outside = n - 12 * layer
+    assert (held.weights, held.gradients, held.optimizer) == (n, n, 2 * n)  # 4, 4 and 8 bytes over four GPUs
+    assert held.live == 2 * (outside + 2 * layer) + 6 * outside
+    phases = memory.ppo(job, Setup("fsdp2")).phases
+    assert phases["update"]["buffers"] == 2 * held.live - 8 * (n - shape.scalar_parameters)
+    assert phases["prefill"]["buffers"] == 0
+    assert phases["score"]["reference"] == 2 * n / 4
+    assert "fsdp2" not in search.STRATEGIES  # only where it is asked for
+    found = plan(model="opt-1.3b", gpus=8, strategies=("fsdp2",))
+    assert "configs/accelerate/fsdp2.yaml --num_processes 8 scripts/sft.py" in found.command
 
 
 def test_zero_3_gathers_a_layer_of_175b_whole():
