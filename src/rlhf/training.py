@@ -182,6 +182,10 @@ def settle_precision(args: StageArgs) -> None:
     if LAUNCHED_PRECISION not in ("no", "bf16" if args.bf16 else "no"):
         say(f"the launcher's mixed precision ({LAUNCHED_PRECISION}) is not used; give --bf16 true for bfloat16")
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if args.bf16 else "no"
+    dtype, spread = getattr(args, "dtype", "float32"), ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+    whole = not getattr(args, "use_peft", False) and not any(os.environ.get(name) == "true" for name in spread)
+    if dtype != "float32" and whole:  # DeepSpeed and FSDP keep float32 besides, and adapters are float32
+        say(f"dtype {dtype}: small steps of weights in 16 bits are lost; give --dtype float32 --bf16 true")
 
 
 def check_scheduler(args: TrainerArgs) -> None:
