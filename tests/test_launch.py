@@ -245,6 +245,13 @@ def test_bfloat16_is_trained_on_a_cpu_too(tmp_path):
     assert artifact.manifest["config"]["bf16"] is True
 
 
+@pytest.mark.parametrize("changes, told", [({}, True), ({"use_peft": True}, False), ({"dtype": "float32"}, False)])
+def test_whole_weights_that_learn_in_16_bits_are_told(tmp_path, capsys, changes, told):
+    tiny.published(tmp_path, "base")
+    sft.run(tiny.sft_args(tmp_path, **{"dtype": "bfloat16", **changes}))
+    assert ("dtype bfloat16: small steps of weights in 16 bits are lost" in capsys.readouterr().err) == told
+
+
 @pytest.mark.parametrize(
     "changes, says",
     [

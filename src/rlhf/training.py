@@ -184,7 +184,7 @@ def settle_precision(args: StageArgs) -> None:
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if args.bf16 else "no"
     dtype, spread = getattr(args, "dtype", "float32"), ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
     whole = not getattr(args, "use_peft", False) and not any(os.environ.get(name) == "true" for name in spread)
-    if dtype != "float32" and whole:  # DeepSpeed and FSDP keep float32 besides, and adapters are float32
+    if dtype in ("bfloat16", "float16") and whole:  # DeepSpeed and FSDP keep float32 besides, and adapters are float32
         say(f"dtype {dtype}: small steps of weights in 16 bits are lost; give --dtype float32 --bf16 true")
 
 
