@@ -751,6 +751,14 @@ def test_what_is_trained_whole_is_not_rounded_by_a_16_bit_base(tmp_path, chains)
     assert torch.equal(adapters.trained(adapters.plain(model).score).weight.cpu(), head)
 
 
+def test_an_adapter_of_a_reward_model_is_no_policy(tmp_path, chains):
+    artifact = published_chain(tmp_path, chains).require("rm", "tiny")
+    with pytest.raises(
+        RLHFError, match="is a reward model, which answers with a number and not with text; give a base,"
+    ):
+        models.load_policy(artifact.path, models.load_tokenizer(artifact.path))
+
+
 @pytest.mark.parametrize("spread", ["ZeRO 3", "FSDP"])
 def test_quantised_weights_are_not_spread(tmp_path, monkeypatch, spread):
     tiny.published(tmp_path, "base")

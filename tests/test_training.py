@@ -261,6 +261,20 @@ def test_another_number_of_processes_is_refused_where_it_matters(inputs, monkeyp
     training.pin_inputs(resume.parent, resume, models, data, any_processes=True)
 
 
+def test_another_strategy_that_spreads_the_weights_is_refused(inputs, monkeypatch):
+    """Each writes files of its own, one for each process."""
+    resume, models, data = inputs
+    monkeypatch.setattr(training, "strategy_of_launch", lambda: "zero2")
+    training.pin_inputs(resume.parent, None, models, data, any_processes=True)
+    training.pin_inputs(resume.parent, resume, models, data, any_processes=True)
+    monkeypatch.setattr(training, "strategy_of_launch", lambda: "zero3")
+    with pytest.raises(TrainingError, match=r"launch \(under zero2 on 1 processes -> under zero3 on 1 processes\)"):
+        training.pin_inputs(resume.parent, resume, models, data, any_processes=True)
+    for name in ("single", "ddp"):
+        monkeypatch.setattr(training, "strategy_of_launch", lambda name=name: name)
+        training.pin_inputs(resume.parent, None if name == "single" else resume, models, data, any_processes=True)
+
+
 def interrupt(*args):
     raise KeyboardInterrupt
 
