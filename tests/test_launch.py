@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from rlhf import RLHFError, sft
 from rlhf.cli import run_stage
-from rlhf.engine import EngineError, check_deepspeed, prepare_trainer, refuse_optimizers_of_others
+from rlhf.engine import EngineError, check_deepspeed, prepare, prepare_trainer, refuse_optimizers_of_others
 from rlhf.launch import LaunchError, check_launch, ran_out_of_memory, ran_out_of_space
 from rlhf.muon import Muon
 from rlhf.planning.advice import memory_advice, setup_of
@@ -163,6 +163,12 @@ def test_fsdp_knows_the_optimisers_of_pytorch():
         EngineError, match=r"^optim: FSDP spreads weights .*, and AdamW8bit was asked for; set it to adamw"
     ):
         refuse_optimizers_of_others(bitsandbytes.optim.AdamW8bit)
+
+
+def test_fsdp_has_no_rollouts_of_a_layer_at_a_time():
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    with pytest.raises(EngineError, match=r"^ds3_gather_for_generation: under FSDP .*zero3.yaml, or set it to true$"):
+        prepare(accelerator, torch.nn.Linear(1, 1), None, 1, gather=False)
 
 
 @pytest.mark.parametrize("optim", ["galore_adamw", "lomo", "stable_adamw"])

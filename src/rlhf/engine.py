@@ -247,6 +247,11 @@ def prepare(
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return ZeroEngine(accelerator, model, optimizer, micro_batch, gather)
     if accelerator.distributed_type == DistributedType.FSDP:
+        if not gather:
+            raise EngineError(
+                "ds3_gather_for_generation: under FSDP a model is gathered whole for a rollout; launch with "
+                "--config_file configs/accelerate/zero3.yaml, or set it to true"
+            )
         return FsdpEngine(accelerator, model, optimizer)
     return Engine(accelerator, model, optimizer)
 
