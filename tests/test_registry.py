@@ -54,6 +54,11 @@ def publish(registry, ref="demo/sft", weights=b"weights", tokenizer=None, **prov
         return draft.publish(**provenance)
 
 
+def standing_on(base):
+    """What a version that is an adapter records of its base."""
+    return {".": {"kind": "artifact", "ref": base, "revision": None, "sha256": base.weights_sha256}}
+
+
 def edit_manifest(artifact, **changes):
     path = artifact.path / "stage.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -333,6 +338,20 @@ def test_verify_compares_the_parents_weights(registry):
     publish(registry, "demo/base", weights=b"new")
     with pytest.raises(HashMismatch, match=r"demo/sft/v1 was trained from other weights than .*base/v1 holds"):
         registry.verify(sft)
+
+
+def test_verify_wants_the_base_of_an_adapter_and_no_parent(registry, tmp_path):
+    """A base by its reference, by its path from another registry, and one that was pulled from elsewhere."""
+    for root in (registry, Registry(tmp_path / "other")):
+        base = publish(registry, "demo/base")
+        adapter = publish(root, parents=[base], adapters=standing_on(base))
+        root.verify(adapter)
+        registry.remove(base)
+        with pytest.raises(TornArtifact, match=rf"demo/sft/v1 is an adapter on .*{base.ref}, which is not here"):
+            root.verify(adapter)
+        edit_manifest(adapter, adapters={".": {**adapter.adapters["."], "ref": "alice/demo@rlhf-v1:demo/base/v1"}})
+        with pytest.raises(TornArtifact, match=r"alice/demo@rlhf-v1:demo/base/v1, which is not here"):
+            root.verify("demo/sft")
 
 
 @pytest.mark.parametrize(
@@ -625,9 +644,8 @@ def test_prunable_spares_the_newest_the_tagged_and_every_ancestor(registry):
 def test_prunable_spares_the_base_of_an_adapter_whose_other_parents_are_missing(registry):
     """As after pulling a reward model that is an adapter: the SFT adapter between it and the base did not come along."""
     bases = [publish(registry, "demo/base") for _ in range(2)]
-    on = {".": {"kind": "artifact", "ref": bases[0], "revision": None, "sha256": bases[0].weights_sha256}}
-    sft = publish(registry, parents=[bases[0]], adapters=on)
-    publish(registry, "demo/rm", parents=[sft], adapters=on)
+    sft = publish(registry, parents=[bases[0]], adapters=standing_on(bases[0]))
+    publish(registry, "demo/rm", parents=[sft], adapters=standing_on(bases[0]))
     registry.remove(sft)
     assert registry.prunable(keep=1) == []
 

@@ -228,9 +228,11 @@ class Registry:
         return artifact
 
     def base_of(self, recorded: Mapping[str, Any]) -> Artifact:
-        """The version that an adapter stands on, checked: an entry of `Artifact.adapters` of kind "artifact"."""
-        match = _REF.fullmatch(recorded["ref"])
-        artifact = self._named(match) if match else self._find(str(self.root / recorded["ref"]))
+        """The version that an adapter stands on, checked: an entry of `Artifact.adapters` of kind "artifact".
+
+        Raises MissingStage where it is not here.
+        """
+        artifact = self._recorded(recorded)
         self._check(artifact)
         return artifact
 
@@ -258,7 +260,8 @@ class Registry:
     def verify(self, artifact_or_ref: Artifact | str | Path) -> None:
         """Every file's hash, no file more or less, the parents' weights and the tokenizer; raises naming what is wrong.
 
-        A parent that is not at hand (pulled without it) is not an error: `lineage` shows it as missing.
+        A parent that is not at hand (pulled without it) is not an error: `lineage` shows it as missing. The base of an adapter
+        has to be there.
         """
         artifact = self._resolve(artifact_or_ref)
         recorded, found = set(artifact.manifest["files"]), set(list_files(artifact.path))
@@ -269,10 +272,15 @@ class Registry:
             if parent is not None and parent.weights_sha256 != recorded_parent["sha256"]:
                 raise HashMismatch(f"{artifact.ref} was trained from other weights than {parent.path} holds now")
         for recorded_base in artifact.adapters.values():
-            base = None
-            with suppress(MissingStage):
-                base = Registry(artifact.root).base_of(recorded_base) if recorded_base["kind"] == "artifact" else None
-            if base is not None and base.weights_sha256 != recorded_base["sha256"]:
+            if recorded_base["kind"] != "artifact":
+                continue
+            try:
+                base = Registry(artifact.root).base_of(recorded_base)
+            except MissingStage as error:
+                raise TornArtifact(
+                    f"{artifact.ref} is an adapter on {recorded_base['ref']}, which is not here ({error}); restore that version"
+                ) from error
+            if base.weights_sha256 != recorded_base["sha256"]:
                 raise HashMismatch(f"{artifact.ref} is an adapter on other weights than {base.path} holds now")
 
     def _check(self, artifact: Artifact, names: Sequence[str] | None = None) -> None:
@@ -429,6 +437,16 @@ class Registry:
         if match["version"]:
             return self._read(run, stage, int(match["version"]))
         return self.require(stage, run, verify=False)
+
+    def _recorded(self, entry: Mapping[str, Any]) -> Artifact:
+        """A parent or base as a manifest of this registry records it; MissingStage where it is not here."""
+        match = _REF.fullmatch(entry["ref"])
+        if match:
+            return self._named(match)
+        path = self.root / entry["ref"]
+        if not _is_version(path):
+            raise MissingStage(f"no version {entry['ref']} beside {self.root}")
+        return self._find(str(path))
 
     def _resolve(self, artifact_or_ref: Artifact | str | Path) -> Artifact:
         return artifact_or_ref if isinstance(artifact_or_ref, Artifact) else self._find(str(artifact_or_ref))
@@ -596,8 +614,7 @@ def _parents(artifact: Artifact) -> list[tuple[dict[str, str], Artifact | None]]
     for recorded in artifact.parents:
         registry, parent = Registry(artifact.root), None
         with suppress(RegistryError):
-            match = _REF.fullmatch(recorded["ref"])
-            parent = registry._named(match) if match else registry._find(str(artifact.root / recorded["ref"]))
+            parent = registry._recorded(recorded)
         found.append((recorded, parent))
     return found
 
