@@ -217,6 +217,10 @@ def test_verify_one_and_all(command, registry):
     assert "rm/v1/model.safetensors has changed" in process.stdout and "ppo/v1/stage.json" in process.stdout
     assert_error(command("verify", "demo/rm"), "model.safetensors has changed")
     assert command("verify", "demo/sft").stdout == "ok   demo/sft/v2\n"
+    (registry.root / "demo" / "sft" / "v1" / "stage.json").unlink()
+    process = command("verify")
+    assert_error(process, "3 damaged")
+    assert f"bad  {registry.root}/demo/sft/v1 holds no stage.json: restore it or remove the folder\n" in process.stdout
 
 
 def test_diff_shows_only_what_differs(command):

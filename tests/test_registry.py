@@ -381,6 +381,42 @@ def test_a_corrupt_manifest_is_an_error_for_get_and_a_warning_for_list(registry,
         registry.prunable()
 
 
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_version_that_lost_its_manifest_is_told_and_protects_its_parents(registry, folder):
+    bases = [publish(registry, "demo/base") for _ in range(2)]
+    sft = publish(registry, parents=bases[:1])
+    (sft.path / "stage.json").unlink()
+    if folder:
+        (sft.path / "stage.json").mkdir()
+    told = []
+    assert list(registry.scan(on_error=told.append)) == bases
+    assert [str(error) for error in told] == [f"{sft.path} holds no stage.json: restore it or remove the folder"]
+    with pytest.raises(TornArtifact, match=r"sft/v1 holds no stage\.json"):
+        registry.prunable(keep=1)
+    shutil.rmtree(sft.path)
+    assert registry.prunable(keep=1) == bases[:1]
+
+
+def test_a_version_that_may_not_be_read_is_told_and_not_passed_over(registry, monkeypatch):
+    """As a folder of somebody else; for root it is done by hand."""
+    first, second = publish(registry), publish(registry)
+    path_stat, path_open = Path.stat, Path.open
+
+    def refused(path):
+        if path.parent == second.path:
+            raise PermissionError(13, "Permission denied", str(path))
+        return path
+
+    monkeypatch.setattr(Path, "stat", lambda path, **options: path_stat(refused(path), **options))
+    monkeypatch.setattr(Path, "open", lambda path, *options, **more: path_open(refused(path), *options, **more))
+    told = []
+    assert list(registry.scan(on_error=told.append)) == [first]
+    for call in (registry.prunable, lambda: registry.require("sft", "demo")):
+        with pytest.raises(TornArtifact, match=r"cannot read .*v2/stage\.json .*Permission denied"):
+            call()
+    assert len(told) == 1 and isinstance(told[0], TornArtifact)
+
+
 # --- tokenizers
 
 

@@ -65,7 +65,7 @@ def tokenizer_sha256(folder: str | Path) -> str | None:
             parts = _fast_tokenizer(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")), pad)
         else:
             parts = _slow_tokenizer(folder, pad)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RegistryError(f"the tokenizer files in {folder} cannot be read ({error}); save it again") from error
     if not parts:
         return None
@@ -204,13 +204,17 @@ def weights_sha256(files: Mapping[str, Mapping[str, Any]]) -> str:
 def list_files(folder: Path) -> list[str]:
     """Names of all files in a version but its manifest. Links are refused: a version has to stand on its own."""
     names = []
-    for where, folders, files in os.walk(folder):
+    for where, folders, files in os.walk(folder, onerror=_unreadable):
         for name in (*folders, *files):
             path = Path(where, name)
-            if path.is_symlink() or (name in files and not path.is_file()):
+            if path.is_symlink() or (name in files and not os.path.isfile(path)):
                 raise RegistryError(f"{path} is a link or a special file; a version holds plain files only: copy it")
         names += [Path(where, name).relative_to(folder).as_posix() for name in files]
     return sorted(name for name in names if name != MANIFEST)
+
+
+def _unreadable(error: OSError) -> None:
+    raise TornArtifact(f"cannot read {error.filename}: {error.strerror}; see who may") from error
 
 
 def hash_and_flush(folder: Path) -> dict[str, dict[str, Any]]:

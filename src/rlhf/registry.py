@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -241,13 +242,15 @@ class Registry:
         return list(self.scan(run, stage))
 
     def scan(self, run: str | None = None, stage: str | None = None, on_error: OnError = _warn) -> Iterator[Artifact]:
-        """What `list` lists, one by one; each manifest that cannot be read is given to `on_error`."""
+        """What `list` lists, one by one; each manifest that is missing or cannot be read is given to `on_error`."""
         for folder in self._stage_dirs(run, stage):
-            for version in _versions(folder):
+            for version in _numbers(folder):
+                path = folder / f"v{version}"
                 try:
                     yield self._read(folder.parent.name, folder.name, version)
                 except MissingStage:
-                    continue  # removed since the folder was listed
+                    if os.path.lexists(path):  # else it was removed since the folder was listed
+                        on_error(TornArtifact(f"{path} holds no {MANIFEST}: restore it or remove the folder"))
                 except RegistryError as error:
                     on_error(error)
 
@@ -573,7 +576,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         check_manifest(manifest)
         return manifest
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise MissingStage(f"{folder} holds no {MANIFEST}: it is no published version") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TornArtifact(f"cannot read {folder / MANIFEST} ({error}); restore it or remove the folder") from error
@@ -655,7 +658,16 @@ def _numbers(folder: Path) -> list[int]:
 
 def _versions(folder: Path) -> list[int]:
     """Published versions in a stage folder: a version without a manifest does not exist."""
-    return [number for number in _numbers(folder) if (folder / f"v{number}" / MANIFEST).is_file()]
+    return [number for number in _numbers(folder) if _holds_manifest(folder / f"v{number}")]
+
+
+def _holds_manifest(folder: Path) -> bool:
+    try:
+        return stat.S_ISREG((folder / MANIFEST).stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True  # who reads it is told why that cannot be
 
 
 def _taken(folder: Path) -> set[int]:
