@@ -256,8 +256,10 @@ def test_the_next_version_replaces_the_files_of_the_one_before_and_nothing_else(
     push(second, REPO)
     assert on_hub(hub) == {**contents(second.path), "LICENSE": b"added by people on the Hub"}
     assert on_hub(hub, "rlhf-v1") == contents(first.path)
-    assert not push(first, REPO).changed  # an older version is there, under its tag
-    assert on_hub(hub)["stage.json"] == (second.path / "stage.json").read_bytes()
+    assert push(first, REPO).changed  # an older version is there under its tag, and `main` is what was pushed last
+    assert on_hub(hub) == on_hub(hub, "rlhf-v1") == {**contents(first.path), "LICENSE": b"added by people on the Hub"}
+    assert on_hub(hub, "rlhf-v2")["stage.json"] == (second.path / "stage.json").read_bytes()
+    assert not push(first, REPO).changed
 
 
 def test_public_is_said_each_time(hub, registry):

@@ -78,9 +78,9 @@ def push(artifact: Artifact, repo_id: str, *, private: bool = True, force: bool 
     tag, other = tag_of(artifact), _what_else(artifact, remote)
     if tag in hub.call(hub.tags) and other is None:
         tagged = hub.call(lambda: hub.look(tag))
-        if tagged is not None and tagged.manifest == artifact.manifest:
+        if tagged is not None and tagged.manifest == artifact.manifest == remote.manifest:
             return Pushed(hub.url, tag, tagged.commit, remote.private, changed=False)
-        if not force:
+        if not force and (tagged is None or tagged.manifest != artifact.manifest):
             other = f"has a tag {tag}, of another version {artifact.version} than {artifact.ref}"
     if other is not None and not force:
         raise HubError(f"{repo_id} {other}: choose another name, or replace it with --force")
