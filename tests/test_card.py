@@ -190,7 +190,7 @@ def test_an_adapters_score_has_the_bias_of_its_record(tmp_path):
 
 
 def test_the_config_is_shown_without_tokens_and_without_peoples_folders(registry):
-    token = "hf_" + "a1B2" * 8
+    token = "hf_oauth_" + "a1_B-2." * 8
     config = {
         "learning_rate": 1e-5,
         "dataset_name": "/home/somebody/answers.jsonl",

@@ -40,6 +40,9 @@ def test_a_line_for_everything_and_no_token(tmp_path, capsys, monkeypatch):
     assert all(line.split()[0] in (doctor.OK, doctor.NOTE, doctor.BAD) for line in lines)
     assert status == int(any(line.startswith(doctor.BAD) for line in lines))
     assert not any("sssss" in line for line in lines)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://user:password@hub.example")
+    assert findings(doctor.hub, tmp_path)[0].text.startswith("https://hub.example, ")
     assert not (tmp_path / "runs").exists()
 
 

@@ -311,9 +311,9 @@ def test_an_upload_that_is_not_whole_gets_no_tag(hub, registry):
 
 
 def test_a_file_that_holds_a_token_is_not_pushed(hub, registry, monkeypatch):
-    foreign = "hf_" + "a1B2" * 8
+    foreign, by_browser = "hf_" + "a1B2" * 8, "hf_oauth_" + ".".join(["eyJh-b_0"] * 4)
     monkeypatch.setenv("HF_TOKEN", "an-odd-token")
-    for secret in (foreign, "an-odd-token"):
+    for secret in (foreign, by_browser, "an-odd-token"):
         artifact = publish(registry, config={"training_arguments": {"hub_token": secret}})
         with pytest.raises(HubError, match=r"stage\.json holds a Hub token, and a push would publish it") as caught:
             push(artifact, REPO, force=True)
@@ -366,10 +366,11 @@ def test_names_that_are_none(hub, registry, capsys, repo):
 
 
 def test_without_a_network(hub, registry, capsys, monkeypatch, waits):
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://user:password@127.0.0.1:9")
     monkeypatch.setattr(hub_api._log, "disabled", True)
     text = error_of(hub, registry, capsys)
-    assert "cannot reach http://127.0.0.1:9" in text and "look at the network and at HF_ENDPOINT" in text
+    assert "cannot reach http://127.0.0.1:9" in text and "password" not in text
+    assert "look at the network and at HF_ENDPOINT" in text
     assert len(waits) == 4
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in error_of(hub, registry, capsys)
@@ -391,6 +392,13 @@ def test_the_command_that_goes_on_is_named_as_it_has_to_be_typed(hub, registry, 
         expected = f"nothing is lost: `rlhf push demo/sft/v{version} alice/demo{options}` goes on where this stopped\n"
         assert error_of(hub, registry, capsys, arguments=arguments).endswith(expected)
     registry.verify("demo/sft/v1")
+
+
+def test_addresses_are_told_without_user_and_password():
+    told = "We couldn't connect to 'http://me:pass@hub:80/a/b' or https://me@hub; mail me@hub"
+    assert hub_api.public(told) == "We couldn't connect to 'http://hub:80/a/b' or https://hub; mail me@hub"
+    signed = ValueError("GET http://me:p@ss@hub/blob?X-Amz-Signature=c0ffee\nfailed")
+    assert hub_api.one_line(signed) == "GET http://hub/blob failed"
 
 
 # --- pulling

@@ -56,7 +56,8 @@ LICENSES = re.compile(
 IMAGES = (".png", ".svg", ".jpg", ".jpeg", ".gif", ".webp")
 MOST_SAMPLES, LONGEST_SAMPLE = 4, 2000
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*\w")
-_SECRET = re.compile(r"hf_[A-Za-z0-9]{30,}")
+TOKEN = r"hf_(?:oauth_[A-Za-z0-9._-]{30,}|[A-Za-z0-9]{30,})"  # of a user, and of a login through the browser
+_SECRET = re.compile(TOKEN)
 
 
 @dataclass(frozen=True)

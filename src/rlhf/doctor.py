@@ -201,16 +201,17 @@ def hub(args: argparse.Namespace) -> Iterator[Finding]:
     """The Hub as it is set up here; nobody is asked, and no token is shown."""
     from huggingface_hub import constants, get_token, is_offline_mode
 
+    from rlhf.hub_api import public
+
+    endpoint = public(constants.ENDPOINT)
     if is_offline_mode():
         yield Finding(
             NOTE, "hub", "HF_HUB_OFFLINE is set: nothing is loaded from the Hub and nothing pushed; unset it for that"
         )
     elif get_token() is None:
-        yield Finding(
-            NOTE, "hub", f"{constants.ENDPOINT}, no token: `hf auth login` before rlhf push, or for gated models"
-        )
+        yield Finding(NOTE, "hub", f"{endpoint}, no token: `hf auth login` before rlhf push, or for gated models")
     else:
-        yield Finding(OK, "hub", f"{constants.ENDPOINT}, a token is set")
+        yield Finding(OK, "hub", f"{endpoint}, a token is set")
 
 
 LOOKS: tuple[Callable[[Any], Iterator[Finding]], ...] = (

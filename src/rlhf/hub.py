@@ -22,13 +22,14 @@ from huggingface_hub import get_token, is_offline_mode
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from rlhf import card
 from rlhf.hub_api import OWN, TOKENS, HubError, Remote, Repository, one_line
 from rlhf.manifest import MANIFEST, RegistryError, is_weights
 from rlhf.registry import Artifact, Registry
 
 __all__ = ["HubError", "Pushed", "check_ready", "check_repo_id", "command", "plan", "pull", "push", "tag_of"]
 
-_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
+_TOKEN = re.compile(card.TOKEN.encode())
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,8 @@ class Repository:
         self.repo_id, self.again = repo_id, again
         self.token = get_token()
         self.api = HfApi(token=self.token, library_name="rlhf", library_version=__version__)
-        self.url = f"{self.api.endpoint}/{repo_id}"
+        self.host = public(self.api.endpoint)
+        self.url = f"{self.host}/{repo_id}"
 
     def call(self, step: Callable[[], T]) -> T:
         """The result of a step that may be repeated, tried again after each of WAITS while its failure may pass."""
@@ -152,10 +153,10 @@ class Repository:
             told = getattr(error, "server_message", None)
             text = f"the Hub answers {status}" + (f" ({told})" if told else "")
         elif _is_silence(error):
-            text = f"cannot reach {self.api.endpoint} ({one_line(error) or type(error).__name__})"
+            text = f"cannot reach {self.host} ({one_line(error) or type(error).__name__})"
         else:
             text = one_line(error)
-        text = " ".join(text.split())[:300]
+        text = public(" ".join(text.split()))[:300]
         return text.replace(self.token, "<token>") if self.token else text
 
     def explain(self, error: BaseException) -> str:
@@ -175,7 +176,7 @@ class Repository:
 
     def not_found(self) -> str:
         access = "is your token one that may read it?" if self.token else "a private one needs a token: `hf auth login`"
-        return f"there is no model {self.repo_id} on {self.api.endpoint}, or it is not for you to see: check the name; {access}"
+        return f"there is no model {self.repo_id} on {self.host}, or it is not for you to see: check the name; {access}"
 
     def owner(self) -> str:
         """Whose token it is and what it may do, for people who have several; nothing where the Hub does not say."""
@@ -235,4 +236,9 @@ def _retry_after(error: BaseException) -> float:
 
 def one_line(error: BaseException) -> str:
     """Its text on one line, addresses without their queries, which may be signatures."""
-    return re.sub(r"(https?://[^\s?]+)\?\S+", r"\1", " ".join(str(error).split()))
+    return public(re.sub(r"(https?://[^\s?]+)\?\S+", r"\1", " ".join(str(error).split())))
+
+
+def public(text: str) -> str:
+    """A text whose addresses have no user and password, as HF_ENDPOINT may have them."""
+    return re.sub(r"(\w://)[^\s/'\"]*@", r"\1", text)

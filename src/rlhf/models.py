@@ -31,6 +31,7 @@ from rlhf import RLHFError, adapters
 from rlhf.bases import Start, loading_quantized, quantization, start_of
 from rlhf.data.encode import chat_template
 from rlhf.engine import gathered, weights_of
+from rlhf.hub_api import one_line
 from rlhf.objectives import token_logprobs
 from rlhf.unembed import logprobs, low_precision_of
 
@@ -249,7 +250,7 @@ def _loading(path: str | Path) -> Iterator[None]:
         with quiet():
             yield
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ModelError(f"cannot load {path}: {reason[:300]}") from error
 
 

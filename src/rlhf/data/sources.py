@@ -11,6 +11,7 @@ import datasets
 
 from rlhf.data import files
 from rlhf.data.records import DataError
+from rlhf.hub_api import public
 
 Name = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 
@@ -83,7 +84,9 @@ def _from_network(name: str, items: Iterator[files.Item]) -> Iterator[files.Item
     try:
         yield from items
     except Exception as error:  # as many exception types as causes
-        raise DataError(f"{name!r}: reading broke off ({type(error).__name__}: {error}); try again") from error
+        raise DataError(
+            f"{name!r}: reading broke off ({type(error).__name__}: {public(str(error))}); try again"
+        ) from error
 
 
 def _from_disk(path: Path, split: str) -> datasets.Dataset:
@@ -108,6 +111,6 @@ def _from_hub(
         return datasets.load_dataset(name, config_name, data_dir=data_dir, split=split, revision=revision, **options)
     except Exception as error:  # no network, no such set, gated, no such split: as many exception types as causes
         raise DataError(
-            f"{name!r}: no such local file or folder, and the Hub gave {type(error).__name__}: {error}; "
+            f"{name!r}: no such local file or folder, and the Hub gave {type(error).__name__}: {public(str(error))}; "
             "check the name, the network, and the access to the data set"
         ) from error
