@@ -234,10 +234,36 @@ def test_diff_shows_only_what_differs(command):
         "",
         "metrics",
         f"  {'eval_loss':<32} 1.25  →  1",
+        "",
+        "files",
+        f"  {'model.safetensors':<32} 9a129038d9a0  →  187897ce0afc",  # printf weights | sha256sum, and of more
     ]
     text = command("diff", "demo/sft/v1", "demo/rm").stdout
     assert "weights: the same" in text and f"  {'[0].records':<32} —  →  10" in text
     assert f"  {'[0].ref':<32} —  →  demo/sft/v1" in text and "packages" not in text
+
+
+def test_diff_shows_files_adapters_and_extra(command, registry):
+    """A card tells nothing new, and samples are long."""
+    base = registry.get("demo/sft/v1")
+    on = {"kind": "artifact", "ref": base, "revision": None, "sha256": base.weights_sha256}
+    for template, more in (("{{ a }}", {"reward_bias": 1.0}), ("{{ b }}", {"reward_bias": 2.0})):
+        with registry.draft("demo", "rm") as draft:
+            (draft.path / "model.safetensors").write_bytes(b"weights")
+            (draft.path / "README.md").write_text(template)
+            (draft.path / "chat_template.jinja").write_text(template)
+            (draft.path / f"{template[3]}.json").write_text("{}")
+            samples = [{"prompt": template, "completion": "long " * 99}]
+            draft.publish(adapters={"critic": on | more}, extra={"license": template[3], "samples": samples})
+    lines = command("diff", "demo/rm/v2", "demo/rm/v3").stdout.splitlines()
+    assert lines[2:9] == [
+        "weights: the same",
+        *("", "adapters", f"  {'critic.reward_bias':<32} 1.0  →  2.0"),
+        *("", "extra", f"  {'license':<32} a  →  b"),
+    ]
+    assert lines[9].startswith("  samples ") and lines[9].count("1 records, ") == 2
+    assert [line.split()[0] for line in lines[12:]] == ["a.json", "chat_template.jinja", "b.json"]
+    assert lines[12].endswith(" 44136fa355b3  →  —") and lines[14].endswith(" —  →  44136fa355b3")
 
 
 def test_tag_and_untag(command, registry):

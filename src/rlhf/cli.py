@@ -159,7 +159,7 @@ def add_registry(commands: Any) -> None:
     add("lineage", "the tree of what a version was trained from").add_argument("ref", metavar="REF", help=reference)
     verify = add("verify", "hash every file and compare with the manifest; all versions when none is named")
     verify.add_argument("ref", metavar="REF", nargs="?", help=reference)
-    diff = add("diff", "where config, data, metrics and packages of two versions differ")
+    diff = add("diff", "where config, data, metrics, files and packages of two versions differ")
     diff.add_argument("a", metavar="A", help=reference)
     diff.add_argument("b", metavar="B", help=reference)
     for name, help in (("tag", "name a version; a name in use moves"), ("untag", "take a name away")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import sys
@@ -84,10 +85,9 @@ def diff(args: argparse.Namespace) -> None:
     a, b = (registry.get(ref, verify=False) for ref in (args.a, args.b))
     print(f"- {a.ref}\n+ {b.ref}")
     print(f"weights: {'the same' if a.weights_sha256 == b.weights_sha256 else 'different'}")
-    for section in ("parents", "base_model", "base_revision", "tokenizer_sha256", "config", "data", "metrics"):
-        _print_difference(section, a, b)
-    for section in ("packages", "python", "platform", "git_commit", "git_dirty", "device"):
-        _print_difference(section, a, b)
+    left, right = map(_compared, (a, b))
+    for section in left:
+        _print_difference(section, left[section], right[section])
 
 
 def tag(args: argparse.Namespace) -> None:
@@ -184,8 +184,29 @@ def _describe(node: Lineage) -> str:
     return f"{node.ref}  ({'not here, or other weights now' if node.kind == 'missing' else 'outside the registry'})"
 
 
-def _print_difference(section: str, a: Artifact, b: Artifact) -> None:
-    left, right = (dict(_flat(artifact.manifest.get(section), section)) for artifact in (a, b))
+def _compared(artifact: Artifact) -> dict[str, Any]:
+    """What `diff` compares, by sections. Cards differ always, and records in `extra` (samples) are told by their hash."""
+    manifest = artifact.manifest
+    origin = ("parents", "base_model", "base_revision", "adapters", "tokenizer_sha256", "config", "data", "metrics")
+    machine = ("packages", "python", "platform", "git_commit", "git_dirty", "device")
+    extra = {name: _brief(value) for name, value in (manifest.get("extra") or {}).items()}
+    files = {name: entry["sha256"][:12] for name, entry in manifest["files"].items() if not name.endswith(".md")}
+    return {
+        **{section: manifest.get(section) for section in origin},
+        "extra": extra,
+        "files": files,
+        **{section: manifest.get(section) for section in machine},
+    }
+
+
+def _brief(value: Any) -> Any:
+    if not isinstance(value, list) or not any(isinstance(item, (dict, list)) for item in value):
+        return value
+    return f"{len(value)} records, {hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]}"
+
+
+def _print_difference(section: str, a: Any, b: Any) -> None:
+    left, right = (dict(_flat(value, section)) for value in (a, b))
     names = [name for name in {**left, **right} if left.get(name, NOTHING) != right.get(name, NOTHING)]
     if names:
         print(f"\n{section}")
