@@ -119,6 +119,17 @@ def test_mistakes_are_one_line(say, options, model, told):
     assert (status, out) == (2, "") and err.startswith("error: ") and told in err and err.count("\n") == 1
 
 
+def test_a_folder_that_may_not_be_read(say, monkeypatch):
+    def refused(path, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(chat.Registry, "get", None)  # not asked for what is no reference
+    monkeypatch.setattr("pathlib.Path.stat", refused)
+    assert say("feed\n", model="/root/x")[2].startswith(
+        "error: cannot read /root/x: Permission denied; give another path"
+    )
+
+
 def test_bytes_that_are_no_text_and_no_line_at_all(say):
     assert say(b"caf\xe9\n", *GREEDY)[0] == 0
     assert say("", *GREEDY)[:2] == (0, "")

@@ -181,6 +181,15 @@ def test_get_refuses_what_is_not_meant(registry, tmp_path):
         registry.get("demo/sft@best")
     with pytest.raises(MissingStage, match="versions there: v1"):
         registry.get("demo/sft/v2")
+    for ref, told in (
+        ("demo/sft/v" + "9" * 5000, "is no artifact|File name too long"),
+        ("x" * 300, "cannot read .*: File name too long; give another path"),
+        ("~nosuchuser/x", "~nosuchuser/x: nobody of that name has a home here"),
+    ):
+        with pytest.raises(RegistryError, match=told):
+            registry.get(ref)
+    with pytest.raises(RegistryError, match="nobody of that name"):
+        Registry("~nosuchuser/x")
     copy = shutil.copytree(artifact.path, tmp_path / "model")
     with pytest.raises(RegistryError, match=r"is not at <root>/<run>/<stage>/v<N>"):
         registry.get(copy)
@@ -365,6 +374,8 @@ def test_verify_wants_the_base_of_an_adapter_and_no_parent(registry, tmp_path):
         '{"stage": 1}',
         "\x00",
         '{"stage": "sft", "run": "demo", "version": 2, "files": {"a": 1}}',
+        "[" * 200_000,
+        '{"version": ' + "9" * 5000 + "}",
     ],
 )
 def test_a_corrupt_manifest_is_an_error_for_get_and_a_warning_for_list(registry, caplog, text):
@@ -379,6 +390,24 @@ def test_a_corrupt_manifest_is_an_error_for_get_and_a_warning_for_list(registry,
     assert publish(registry).version == 3
     with pytest.raises(TornArtifact):  # whose parents they are cannot be known
         registry.prunable()
+
+
+@pytest.mark.parametrize(
+    "adapters",
+    [
+        *(None, [], "x", 5, {".": None}, {".": {}}, {".": "demo/base/v1"}),
+        *({".": {"kind": "artifact", "sha256": ""}}, {".": {"kind": "artifact", "ref": 1, "sha256": ""}}),
+        *({".": {"kind": "model", "ref": "gpt2"}}, {".": {"kind": "other", "ref": "demo/base/v1", "sha256": ""}}),
+        {".": {"kind": "model", "ref": "gpt2", "sha256": "", "revision": 5}},
+        {".": {"kind": "model", "ref": "gpt2", "sha256": "", "reward_bias": "1"}},
+        {".": {"kind": "model", "ref": "gpt2", "sha256": "", "quantization": "4"}},
+    ],
+)
+def test_adapters_that_are_not_as_published_are_a_corrupt_manifest(registry, adapters):
+    edit_manifest(publish(registry), adapters=adapters)
+    for call in (lambda: registry.get("demo/sft"), lambda: registry.verify("demo/sft"), registry.prunable):
+        with pytest.raises(TornArtifact, match=r"cannot read .*v1/stage\.json \(.*\); restore it or remove the folder"):
+            call()
 
 
 @pytest.mark.parametrize("folder", [False, True])
@@ -411,6 +440,8 @@ def test_a_version_that_may_not_be_read_is_told_and_not_passed_over(registry, mo
     monkeypatch.setattr(Path, "open", lambda path, *options, **more: path_open(refused(path), *options, **more))
     told = []
     assert list(registry.scan(on_error=told.append)) == [first]
+    with pytest.raises(RegistryError, match=r"cannot read .*/v2: Permission denied; give another path, or see who may"):
+        registry.get(second.path)
     for call in (registry.prunable, lambda: registry.require("sft", "demo")):
         with pytest.raises(TornArtifact, match=r"cannot read .*v2/stage\.json .*Permission denied"):
             call()
@@ -620,9 +651,10 @@ def test_tags_name_versions_and_move(registry):
             registry.tag(first, name)
     registry.verify(first)  # tags lie beside the version
     assert registry.evals_dir(second) == registry.root / "demo" / "sft" / "evals" / "v2"
-    (registry.root / "demo" / "sft" / "tags.json").write_text("{")
-    with pytest.raises(RegistryError, match=r"tags\.json cannot be read"):
-        registry.get("demo/sft@paper-1.0")
+    for text in ("{", '{"paper-1.0": 1e999}', "[" * 200_000):
+        (registry.root / "demo" / "sft" / "tags.json").write_text(text)
+        with pytest.raises(RegistryError, match=r"tags\.json cannot be read"):
+            registry.get("demo/sft@paper-1.0")
 
 
 def test_tags_given_at_once_are_all_kept(registry):

@@ -65,7 +65,7 @@ def tokenizer_sha256(folder: str | Path) -> str | None:
             parts = _fast_tokenizer(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")), pad)
         else:
             parts = _slow_tokenizer(folder, pad)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RegistryError(f"the tokenizer files in {folder} cannot be read ({error}); save it again") from error
     if not parts:
         return None
@@ -126,6 +126,20 @@ def check_manifest(manifest: Any) -> None:
     refs = [recorded["ref"] for recorded in manifest["parents"]]
     if not all(isinstance(text, str) for text in hashes + refs) or not all(isinstance(size, int) for size in sizes):
         raise ValueError("files or parents are not as published")
+    if not isinstance(manifest.get("extra", {}), dict):
+        raise ValueError("extra is not a dict")
+    _check_adapters(manifest.get("adapters", {}))
+
+
+def _check_adapters(adapters: Any) -> None:
+    if not isinstance(adapters, dict) or not all(isinstance(base, dict) for base in adapters.values()):
+        raise ValueError("adapters is not a dict of dicts")
+    for part, base in adapters.items():
+        texts = (base["kind"], base["ref"], base["sha256"], base.get("revision") or "")
+        well_formed = all(isinstance(text, str) for text in texts) and base["kind"] in ("artifact", "model")
+        bias, quantization = base.get("reward_bias", 0.0), base.get("quantization") or {}
+        if not (well_formed and isinstance(bias, (int, float)) and isinstance(quantization, dict)):
+            raise ValueError(f"adapters[{part!r}] is not as published")
 
 
 def plain(value: Any, key: str) -> Any:

@@ -77,9 +77,9 @@ STALE_AFTER = 24 * 3600.0  # seconds after which the draft of a process that is 
 LOCK_TIMEOUT = 300.0  # seconds; a lock is held for one small write and one rename
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
-_VERSION = re.compile(r"v([1-9][0-9]*)")
+_VERSION = re.compile(r"v([1-9][0-9]{0,17})")
 _REF = re.compile(
-    rf"(?P<run>{_NAME.pattern})/(?P<stage>{'|'.join(STAGES)})(?:/v(?P<version>[1-9][0-9]*)|@(?P<tag>.+))?"
+    rf"(?P<run>{_NAME.pattern})/(?P<stage>{'|'.join(STAGES)})(?:/v(?P<version>[1-9][0-9]{{0,17}})|@(?P<tag>.+))?"
 )
 OnError = Callable[[RegistryError], None]
 _log = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ class Registry:
     """The versions under one root folder. Nothing is created before the first draft."""
 
     def __init__(self, root: str | Path = "runs"):
-        self.root = Path(os.path.abspath(Path(root).expanduser()))
+        self.root = _absolute(root)
 
     # --- publishing
 
@@ -211,7 +211,7 @@ class Registry:
         folder = self._stage_dir(run, stage)
         versions = _versions(folder)
         if not versions:
-            state = "is empty" if folder.is_dir() else "does not exist"
+            state = "is empty" if os.path.isdir(folder) else "does not exist"
             command = COMMANDS[stage].format(run=run)
             raise MissingStage(f"no {stage} in run {run!r}: {folder} {state}; train one: {command}")
         artifact = self._read(run, stage, versions[-1])
@@ -323,7 +323,7 @@ class Registry:
             return {str(name): int(version) for name, version in tags.items()}
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise RegistryError(f"{path} cannot be read ({error}); mend or remove it") from error
 
     def tag(self, artifact: Artifact, name: str) -> None:
@@ -417,9 +417,9 @@ class Registry:
         return Artifact(self.root, run, stage, version, manifest)
 
     def _find(self, ref: str) -> Artifact:
-        path = Path(os.path.abspath(Path(ref).expanduser()))
+        path = _absolute(ref)
         match = _REF.fullmatch(ref)
-        if match and (self._stage_dir(match["run"], match["stage"]).is_dir() or not _is_version(path)):
+        if match and (os.path.isdir(self._stage_dir(match["run"], match["stage"])) or not _is_version(path)):
             return self._named(match)
         if _is_version(path):
             root = path.parents[2]
@@ -578,7 +578,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         return manifest
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise MissingStage(f"{folder} holds no {MANIFEST}: it is no published version") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TornArtifact(f"cannot read {folder / MANIFEST} ({error}); restore it or remove the folder") from error
 
 
@@ -639,8 +639,22 @@ def _check_name(name: str, what: str) -> None:
 # --- files
 
 
+def _absolute(path: str | Path) -> Path:
+    try:
+        return Path(os.path.abspath(Path(path).expanduser()))
+    except RuntimeError as error:
+        raise RegistryError(f"{path}: nobody of that name has a home here; write the path out") from error
+
+
 def _is_version(path: Path) -> bool:
-    return (path / MANIFEST).is_file() and len(path.parents) > 2
+    try:
+        return stat.S_ISREG((path / MANIFEST).stat().st_mode) and len(path.parents) > 2
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise RegistryError(
+            f"cannot read {path}: {error.strerror}; give another path, or see who may read it"
+        ) from error
 
 
 def _children(folder: Path) -> list[str]:

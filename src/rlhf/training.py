@@ -242,10 +242,14 @@ def resolve(registry: Registry, path: str | None, run: str, stage: str) -> tuple
     """Where to load from, and the artifact it is: `path` as RUN/STAGE[/vN], a folder or a Hub id; the run's own when None."""
     if path is None:
         artifact = registry.require(stage, run)
-    elif (Path(path) / "stage.json").is_file() or (not Path(path).exists() and re.fullmatch(REFERENCE, path)):
-        artifact = registry.get(path)
     else:
-        return path, None
+        try:
+            is_version, exists = (Path(path) / "stage.json").is_file(), Path(path).exists()
+        except OSError as error:
+            raise TrainingError(f"cannot read {path[:300]}: {error.strerror}; give another path") from error
+        if not is_version and (exists or not re.fullmatch(REFERENCE, path)):
+            return path, None
+        artifact = registry.get(path)
     return str(artifact.path), artifact
 
 
