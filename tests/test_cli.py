@@ -295,6 +295,27 @@ def test_gc_shows_first_and_removes_with_yes(command, registry):
     assert_error(command("gc", "--keep", "0"), "keep must be at least 1")
 
 
+def test_gc_says_what_is_gone_and_no_more(registry, monkeypatch, capsys):
+    """The second version cannot be removed."""
+    publish(registry, "demo/ppo")
+    rename, targets = os.rename, []
+
+    def failing(source, target):
+        targets.append(target)
+        if len(targets) == 2:
+            raise OSError(30, "Read-only file system")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    assert cli.main(["registry", "gc", "--root", str(registry.root), "--keep", "1", "--yes"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "removed  demo/ppo/v2  7 B\n"
+    assert (
+        err.startswith(f"error: cannot remove {registry.root}/demo/ppo/v1: Read-only file system;")
+        and err.count("\n") == 1
+    )
+
+
 # --- stages
 
 STAGE = """

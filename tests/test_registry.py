@@ -234,6 +234,28 @@ def test_a_full_disk_is_one_clear_line(registry, monkeypatch):
     assert registry.list() == [] and os.listdir(registry.root / "demo" / "sft") == [".lock"]
 
 
+@pytest.mark.parametrize("broken", ["os.open", "os.replace", "os.rename", "rlhf.registry.write_json"])
+def test_tags_and_removal_on_a_disk_that_takes_nothing_are_one_clear_line(registry, monkeypatch, broken):
+    """A read-only file system or somebody else's (the lock cannot be made), a full one, one that fails in between."""
+    artifact = publish(registry)
+    before = sorted(os.listdir(artifact.path.parent))
+
+    def fail(*arguments, **_):
+        if broken == "rlhf.registry.write_json":
+            Path(arguments[0]).write_text("half")
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(broken, fail)
+    change = registry.remove if broken == "os.rename" else lambda artifact: registry.tag(artifact, "best")
+    with pytest.raises(
+        RegistryError, match=r"cannot (write|write to|remove) .*: Read-only file system; free space"
+    ) as caught:
+        change(artifact)
+    monkeypatch.undo()
+    assert "\n" not in str(caught.value) and sorted(os.listdir(artifact.path.parent)) == before
+    registry.tag(artifact, "best")  # the lock is free
+
+
 def test_publish_refuses_links_and_drafts_without_weights(registry, tmp_path):
     with registry.draft("demo", "sft") as draft:
         with pytest.raises(RegistryError, match="nothing to publish"):

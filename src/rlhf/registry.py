@@ -74,6 +74,7 @@ COMMANDS = {
     "ppo": "make ppo RUN={run}",
 }
 STALE_AFTER = 24 * 3600.0  # seconds after which the draft of a process that is gone is removed
+ROOM = "free space there, or see who may write"
 LOCK_TIMEOUT = 300.0  # seconds; a lock is held for one small write and one rename
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
@@ -343,9 +344,17 @@ class Registry:
         with _locked(folder):
             tags = {**self.tags(run, stage), **changes}
             draft = folder / f".tags-{uuid.uuid4().hex[:8]}"
-            write_json(draft, {name: version for name, version in tags.items() if version is not None})
-            os.replace(draft, folder / "tags.json")
-            fsync(folder)
+            try:
+                write_json(draft, {name: version for name, version in tags.items() if version is not None})
+                os.replace(draft, folder / "tags.json")
+                fsync(folder)
+            except OSError as error:
+                raise RegistryError(
+                    f"cannot write {folder / 'tags.json'}: {error.strerror or error}; {ROOM}"
+                ) from error
+            finally:
+                with suppress(OSError):
+                    draft.unlink(missing_ok=True)
 
     # --- cleaning up
 
@@ -379,7 +388,10 @@ class Registry:
         folder = artifact.path.parent
         grave = folder / f".draft-{uuid.uuid4().hex[:8]}-{os.getpid()}-{_host()}"
         with _locked(folder):
-            os.rename(artifact.path, grave)
+            try:
+                os.rename(artifact.path, grave)
+            except OSError as error:
+                raise RegistryError(f"cannot remove {artifact.path}: {error.strerror or error}; {ROOM}") from error
         shutil.rmtree(grave, ignore_errors=True)
 
     # --- the file system
@@ -695,11 +707,17 @@ def _next_version(folder: Path) -> int:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / ".lock", timeout=LOCK_TIMEOUT)
     try:
-        with FileLock(folder / ".lock", timeout=LOCK_TIMEOUT):
-            yield
+        lock.acquire()
     except Timeout as error:
         raise RegistryError(f"{folder}/.lock is held for {LOCK_TIMEOUT:.0f} s; which process hangs?") from error
+    except OSError as error:
+        raise RegistryError(f"cannot write to {folder}: {error.strerror or error}; {ROOM}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 # --- drafts

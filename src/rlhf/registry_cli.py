@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.registry import Artifact, Lineage, MissingStage, Registry, RegistryError
+from rlhf.registry import ROOM, Artifact, Lineage, MissingStage, Registry, RegistryError
 
 # what stands in the table, at most three of them; a stage without any shows its first numbers
 MAIN_METRICS = ("win_rate", "accuracy", "eval_accuracy", "reward", "kl", "eval_loss", "perplexity", "loss")
@@ -109,13 +110,13 @@ def gc(args: argparse.Namespace) -> None:
     artifacts, drafts = registry.prunable(args.keep), registry.stale_drafts()
     freed = sum(map(bytes_of, artifacts)) + sum(map(_folder_bytes, drafts))
     for artifact in reversed(artifacts):  # children first, so that an interruption leaves nothing without its parent
-        print(f"{'removed' if args.yes else 'would remove'}  {artifact.ref}  {size(bytes_of(artifact))}")
         if args.yes:
             registry.remove(artifact)
+        print(f"{'removed' if args.yes else 'would remove'}  {artifact.ref}  {size(bytes_of(artifact))}", flush=True)
     for path in drafts:
-        print(f"{'removed' if args.yes else 'would remove'}  {path.relative_to(registry.root)}  (a stale draft)")
         if args.yes:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove_draft(path)
+        print(f"{'removed' if args.yes else 'would remove'}  {path.relative_to(registry.root)}  (a stale draft)")
     if not artifacts and not drafts:
         print(f"nothing to remove in {registry.root}")
     else:
@@ -244,7 +245,16 @@ def bytes_of(artifact: Artifact) -> int:
 
 
 def _folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return sum(os.path.getsize(path) for path in folder.rglob("*") if os.path.isfile(path))
+
+
+def _remove_draft(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass  # somebody else was faster
+    except OSError as error:
+        raise RegistryError(f"cannot remove {folder}: {error.strerror or error}; {ROOM}") from error
 
 
 def _own(registry: Registry, artifact: Artifact) -> Artifact:
