@@ -13,6 +13,7 @@ import tiny
 import torch
 from conftest import EOS, byte_level, random_model
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_ppo import RULE, gradient_of_update, interrupt_after, ppo_args
 from torch.testing import assert_close
@@ -848,6 +849,34 @@ def test_what_is_no_adapter_is_not_merged(tmp_path, capsys):
     assert cli.main(["registry", "merge", "tiny/sft", "--root", str(registry.root)]) == 2
     assert "tiny/sft/v1 is no adapter: its weights are whole" in capsys.readouterr().err
     assert tiny.left_over(registry, "sft") == []
+
+
+def test_a_version_of_another_registry_is_not_merged_into_this_one(tmp_path, chains, capsys):
+    registry, other = published_chain(tmp_path, chains), tmp_path / "other"
+    path = registry.require("sft", "tiny").path
+    assert cli.main(["registry", "merge", str(path), "--root", str(other)]) == 2
+    assert f"{path} is in another registry; name it with --root {registry.root}" in capsys.readouterr().err
+    assert not other.exists()
+
+
+@pytest.mark.parametrize("step", ["shutil.copytree", "transformers.PreTrainedModel.save_pretrained", "rlhf.card.write"])
+def test_a_full_disk_ends_a_merge_in_one_line(tmp_path, chains, capsys, monkeypatch, step):
+    registry = published_chain(tmp_path, chains)
+    full = OSError(28, "No space left on device")
+    errors = {
+        "shutil.copytree": shutil.Error([("a", "b", str(full)), ("c", "d", str(full))]),
+        "transformers.PreTrainedModel.save_pretrained": SafetensorError(f"I/O error: {full.strerror} (os error 28)"),
+        "rlhf.card.write": full,
+    }
+
+    def fail(*_, **__):
+        raise errors[step]
+
+    monkeypatch.setattr(step, fail)
+    assert cli.main(["registry", "merge", "tiny/sft", "--root", str(registry.root)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: cannot write to {registry.root}/tiny/sft: ") and err.count("\n") == 1
+    assert "No space left on device" in err and tiny.left_over(registry, "sft") == []
 
 
 def test_an_adapter_on_local_weights_is_merged_before_it_is_pushed(tmp_path, chains):

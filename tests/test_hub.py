@@ -14,7 +14,7 @@ import pytest
 from hub_server import HubServer, Repo
 
 from rlhf import cli, hub_api
-from rlhf.hub import HubError, plan, pull, push
+from rlhf.hub import HubError, command, plan, pull, push
 from rlhf.registry import HashMismatch, Registry, RegistryError, TokenizerMismatch, TornArtifact
 
 REPO = "alice/demo"
@@ -194,6 +194,28 @@ def test_dry_run_names_what_a_push_uploads(registry):
     files = plan(artifact, REPO)
     assert set(files) == {"README.md", "config.json", "ema/model.safetensors", "model.safetensors", "stage.json"}
     assert files["model.safetensors"] == BIG and files["stage.json"] == (artifact.path / "stage.json").stat().st_size
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_push_without_its_card_is_refused_before_the_hub_is_asked(hub, registry, capsys, folder):
+    artifact = publish(registry)
+    (artifact.path / "README.md").unlink()
+    if folder:
+        (artifact.path / "README.md").mkdir()
+    for options in ((), ("--dry-run",)):
+        assert cli.main(["push", "demo/sft", REPO, "--root", str(registry.root), *options]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err == (
+            f"error: {artifact.path}/README.md is no file, though stage.json lists it: restore it, or write a new card\n"
+        )
+    assert hub.requests == []
+
+
+def test_a_dry_run_refuses_what_a_push_refuses(registry):
+    base = publish(registry, "demo/base")
+    on = {".": {"kind": "artifact", "ref": base, "revision": None, "sha256": base.weights_sha256}}
+    with pytest.raises(HubError, match=r"demo/sft/v1 is an adapter on demo/base/v1, which is on this machine only"):
+        plan(publish(registry, parents=[base], adapters=on), REPO)
 
 
 @pytest.mark.parametrize(
@@ -392,6 +414,8 @@ def test_the_command_that_goes_on_is_named_as_it_has_to_be_typed(hub, registry, 
         expected = f"nothing is lost: `rlhf push demo/sft/v{version} alice/demo{options}` goes on where this stopped\n"
         assert error_of(hub, registry, capsys, arguments=arguments).endswith(expected)
     registry.verify("demo/sft/v1")
+    artifact = publish(Registry(registry.root.parent / "my runs"))
+    assert command(artifact, REPO) == f"rlhf push '{artifact.path}' alice/demo"
 
 
 def test_addresses_are_told_without_user_and_password():

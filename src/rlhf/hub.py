@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,10 +50,16 @@ def tag_of(artifact: Artifact) -> str:
 
 
 def plan(artifact: Artifact, repo_id: str) -> dict[str, int]:
-    """Name → size of what a push would upload; asks no one."""
+    """Name → size of what a push would upload; asks no one. Raises HubError where that is known to be refused."""
     check_repo_id(repo_id)
-    names = [*artifact.manifest["files"], MANIFEST]
-    return {name: (artifact.path / name).stat().st_size for name in sorted(names)}
+    refuse_local_bases(artifact)
+    names = sorted([*artifact.manifest["files"], MANIFEST])
+    for name in names:
+        if not (artifact.path / name).is_file():  # a card: all else was checked when the version was looked up
+            raise HubError(
+                f"{artifact.path / name} is no file, though {MANIFEST} lists it: restore it, or write a new card"
+            )
+    return {name: (artifact.path / name).stat().st_size for name in names}
 
 
 def push(artifact: Artifact, repo_id: str, *, private: bool = True, force: bool = False) -> Pushed:
@@ -63,11 +70,10 @@ def push(artifact: Artifact, repo_id: str, *, private: bool = True, force: bool 
              history on the Hub keeps what was there.
     Raises HubError: one line with what to do. The version here is never touched.
     """
-    check_repo_id(repo_id)
+    plan(artifact, repo_id)
     again = command(artifact, repo_id, private=private, force=force)
     hub = Repository(repo_id, f"nothing is lost: `{again}` goes on where this stopped")
     check_token()
-    refuse_local_bases(artifact)
     refuse_tokens(artifact, str(hub.token))
     if hub.call(hub.look) is None:
         hub.call(lambda: hub.api.create_repo(repo_id, private=private, exist_ok=True))
@@ -93,7 +99,7 @@ def push(artifact: Artifact, repo_id: str, *, private: bool = True, force: bool 
 
 def command(artifact: Artifact, repo_id: str, *, private: bool = True, force: bool = False) -> str:
     """The command that pushes a version, as it has to be typed in this folder."""
-    where = artifact.ref if artifact.root == Path("runs").absolute() else artifact.path
+    where = artifact.ref if artifact.root == Path("runs").absolute() else shlex.quote(str(artifact.path))
     return f"rlhf push {where} {repo_id}" + ("" if private else " --public") + (" --force" if force else "")
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from rlhf import card
 from rlhf.manifest import MANIFEST
-from rlhf.registry import Artifact, Registry, RegistryError
+from rlhf.registry import ROOM, Artifact, Registry, RegistryError
 
 
 def run(args: argparse.Namespace) -> None:
@@ -20,9 +24,9 @@ def run(args: argparse.Namespace) -> None:
 def merge(registry: Registry, ref: str) -> Artifact:
     """Publishes the merged weights of an adapter (a ppo version's critic and average too) as the next version of its stage.
 
-    Raises RegistryError for a version that is no adapter, and for one whose base was quantised.
+    Raises RegistryError for a version that is no adapter or lies in another registry, and for one whose base was quantised.
     """
-    artifact = registry.get(ref)
+    artifact = registry.own(registry.get(ref))
     if not artifact.adapters:
         raise RegistryError(f"{artifact.ref} is no adapter: its weights are whole, and there is nothing to merge")
     for base in artifact.adapters.values():
@@ -33,7 +37,8 @@ def merge(registry: Registry, ref: str) -> Artifact:
                 f"another model; use it as an adapter, or train it without load_in_{bits}bit"
             )
     with registry.draft(artifact.run, artifact.stage) as draft:
-        shutil.copytree(artifact.path, draft.path, dirs_exist_ok=True, ignore=_left_out)
+        with _writing(draft.path):
+            shutil.copytree(artifact.path, draft.path, dirs_exist_ok=True, ignore=_left_out)
         for part in artifact.adapters:
             _save_merged(artifact, part, draft.path)
         manifest = artifact.manifest
@@ -45,7 +50,8 @@ def merge(registry: Registry, ref: str) -> Artifact:
             "metrics": manifest["metrics"],
             "extra": {**manifest.get("extra", {}), "merged_from": artifact.ref},
         }
-        card.write(draft.path, artifact.run, artifact.stage, **facts)
+        with _writing(draft.path):
+            card.write(draft.path, artifact.run, artifact.stage, **facts)
         return draft.publish(**facts, base_revision=manifest.get("base_revision"), device=manifest.get("device"))
 
 
@@ -65,5 +71,16 @@ def _save_merged(artifact: Artifact, part: str, target: Path) -> None:
         dtype=config.get("dtype", "float32"),
         trust_remote_code=config.get("trust_remote_code", False),
     )
-    with quiet():
+    with quiet(), _writing(target):
         model.save_pretrained(target / part)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turns the failures of a disk into one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # of several files shutil gives (source, target, reason) of each
+        reason = error.args[0][0][2] if isinstance(error, shutil.Error) else getattr(error, "strerror", None) or error
+        raise RegistryError(f"cannot write to {folder.parent}: {' '.join(str(reason).split())}; {ROOM}") from error

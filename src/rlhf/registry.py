@@ -229,6 +229,12 @@ class Registry:
             self._check(artifact)
         return artifact
 
+    def own(self, artifact: Artifact) -> Artifact:
+        """The artifact. Raises RegistryError where it lies in another registry, so that nothing is written there in passing."""
+        if artifact.root != self.root:
+            raise RegistryError(f"{artifact.path} is in another registry; name it with --root {artifact.root}")
+        return artifact
+
     def base_of(self, recorded: Mapping[str, Any]) -> Artifact:
         """The version that an adapter stands on, checked: an entry of `Artifact.adapters` of kind "artifact".
 

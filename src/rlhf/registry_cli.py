@@ -93,7 +93,7 @@ def diff(args: argparse.Namespace) -> None:
 
 def tag(args: argparse.Namespace) -> None:
     registry = Registry(args.root)
-    artifact = _own(registry, registry.get(args.ref, verify=False))
+    artifact = registry.own(registry.get(args.ref, verify=False))
     registry.tag(artifact, args.name)
     print(f"{artifact.run}/{artifact.stage}@{args.name} is {artifact.ref}")
 
@@ -255,9 +255,3 @@ def _remove_draft(folder: Path) -> None:
         pass  # somebody else was faster
     except OSError as error:
         raise RegistryError(f"cannot remove {folder}: {error.strerror or error}; {ROOM}") from error
-
-
-def _own(registry: Registry, artifact: Artifact) -> Artifact:
-    if artifact.root != registry.root:
-        raise RegistryError(f"{artifact.path} is in another registry; name it with --root {artifact.root}")
-    return artifact
