@@ -472,6 +472,32 @@ def test_a_pull_that_is_interrupted_goes_on(hub, registry, tmp_path, waits):
     assert [path.name for path in other.root.iterdir()] == ["demo"]
 
 
+def test_a_pull_mends_a_version_that_is_here_and_damaged(hub, registry):
+    """What was lost or changed is fetched, and nothing else; an edited card stays."""
+    artifact = publish(registry, names=("a.safetensors", "b.safetensors"))
+    whole = contents(artifact.path)
+    push(artifact, REPO)
+    (artifact.path / "a.safetensors").write_bytes(b"x" * BIG)
+    shutil.rmtree(artifact.path / "ema")
+    (artifact.path / "README.md").write_text("# mine")
+    hub.requests.clear()
+    assert pull(REPO, registry) == artifact and hub.count("GET .*/resolve/.*(b.safetensors|config.json|README.md)") == 0
+    assert contents(artifact.path) == whole | {"README.md": b"# mine"}
+    assert [artifact.ref for artifact in registry.list()] == ["demo/sft/v1"]
+    assert sorted(os.listdir(registry.root)) == ["demo"]
+
+    (artifact.path / "config.json").unlink()
+    (artifact.path / "config.json").mkdir()
+    with pytest.raises(HubError, match=rf"cannot restore .*config\.json: .*; remove {artifact.path} and pull again"):
+        pull(REPO, registry)
+    shutil.rmtree(artifact.path)
+    assert pull(REPO, registry).ref == "demo/sft/v1" and contents(artifact.path) == whole
+    hub.repos[REPO].add({**hub.repos[REPO].tree(), "config.json": b"[]"})
+    (artifact.path / "config.json").unlink()
+    with pytest.raises(HubError, match=r"config\.json is not that of demo/sft/v1"):
+        pull(REPO, registry)
+
+
 def test_what_is_not_as_its_manifest_says_is_not_taken_in(hub, registry, tmp_path):
     push(publish(registry), REPO)
     repo, good = hub.repos[REPO], dict(hub.repos[REPO].tree())

@@ -25,7 +25,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from rlhf import card
 from rlhf.hub_api import OWN, TOKENS, HubError, Remote, Repository, one_line
-from rlhf.manifest import MANIFEST, RegistryError, is_weights
+from rlhf.manifest import MANIFEST, HashMismatch, RegistryError, TornArtifact, is_weights
 from rlhf.registry import Artifact, Registry
 
 __all__ = ["HubError", "Pushed", "check_ready", "check_repo_id", "command", "plan", "pull", "push", "tag_of"]
@@ -104,7 +104,7 @@ def command(artifact: Artifact, repo_id: str, *, private: bool = True, force: bo
 
 
 def pull(repo_id: str, registry: Registry, *, revision: str | None = None, run_name: str | None = None) -> Artifact:
-    """Bring a version from the Hub into `registry` and check it; returns the one that is here already if it is.
+    """Bring a version from the Hub into `registry` and check it; returns the one that is here already if it is, mended.
 
     It keeps its run (unless `run_name` is given), its number where that is free, and its manifest. Files that arrived before
     an interruption are not fetched again.
@@ -123,13 +123,20 @@ def pull(repo_id: str, registry: Registry, *, revision: str | None = None, run_n
             raise HubError(f"{where} lacks {name}, which its {MANIFEST} lists; pull another revision, or push it again")
     twin = registry.twin(remote.manifest, run_name)
     if twin is not None:
-        return registry.get(twin.ref)
+        try:
+            return registry.get(twin.ref)
+        except (HashMismatch, TornArtifact):
+            names = list(registry.damaged(twin))
     with _download_folder(registry, f"{repo_id.replace('/', '--')}-{remote.commit[:12]}") as folder:
         for name in names:
             hub.call(lambda name=name: hub.fetch(name, remote.commit, folder))  # type: ignore[misc]
         shutil.rmtree(folder / ".cache", ignore_errors=True)
         try:
-            return registry.adopt(folder, run=run_name, origin=f"{repo_id}@{revision or remote.commit[:12]}")
+            if twin is None:
+                return registry.adopt(folder, run=run_name, origin=f"{repo_id}@{revision or remote.commit[:12]}")
+            for name in names:
+                registry.restore(twin, name, folder / name)
+            return registry.get(twin.ref)
         except RegistryError as error:
             shutil.rmtree(folder, ignore_errors=True)  # or the next pull would find the same wrong files
             raise HubError(f"{where}: {error}") from None

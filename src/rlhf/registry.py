@@ -302,7 +302,7 @@ class Registry:
             if name not in found:
                 raise TornArtifact(f"{path} is missing, though {MANIFEST} lists it; {_mend(artifact)}")
             try:
-                same = path.stat().st_size == files[name]["size"] and file_sha256(path) == files[name]["sha256"]
+                same = _is_as_recorded(path, files[name])
             except OSError as error:
                 raise TornArtifact(f"cannot read {path}: {error.strerror}; {_mend(artifact)}") from error
             if not same:
@@ -311,6 +311,33 @@ class Registry:
             raise TokenizerMismatch(f"the tokenizer in {artifact.path} is not the published one; {_mend(artifact)}")
         parents = [parent for _, parent in _parents(artifact) if parent is not None]
         _check_tokenizer(artifact.ref, artifact.manifest["tokenizer_sha256"], parents)
+
+    def damaged(self, artifact: Artifact) -> Sequence[str]:
+        """Files of a version that are missing or not as published; cards may be edited."""
+        names = []
+        for name, recorded in artifact.manifest["files"].items():
+            same = name.endswith(".md")
+            with suppress(OSError):
+                same = same or _is_as_recorded(artifact.path / name, recorded)
+            names += [] if same else [name]
+        return names
+
+    def restore(self, artifact: Artifact, name: str, copy: Path) -> None:
+        """Put a file of a version back: `copy`, on the same disk, is renamed into its place if it is the published one."""
+        path = artifact.path / name
+        try:
+            if not _is_as_recorded(copy, artifact.manifest["files"][name]):
+                raise HashMismatch(
+                    f"{name} is not that of {artifact.ref} (sha256 differs from its {MANIFEST}); fetch the copy again"
+                )
+            fsync(copy)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(copy, path)
+            fsync(path.parent)
+        except OSError as error:
+            raise RegistryError(
+                f"cannot restore {path}: {error.strerror or error}; remove {artifact.path} and pull again"
+            ) from error
 
     # --- what lies beside the versions
 
@@ -662,6 +689,10 @@ def _absolute(path: str | Path) -> Path:
         return Path(os.path.abspath(Path(path).expanduser()))
     except RuntimeError as error:
         raise RegistryError(f"{path}: nobody of that name has a home here; write the path out") from error
+
+
+def _is_as_recorded(path: Path, recorded: Mapping[str, Any]) -> bool:
+    return path.stat().st_size == recorded["size"] and file_sha256(path) == recorded["sha256"]
 
 
 def _is_version(path: Path) -> bool:
