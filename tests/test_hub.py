@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 
 import huggingface_hub.constants
 import pytest
@@ -399,6 +400,30 @@ def test_without_a_network(hub, registry, capsys, monkeypatch, waits):
     assert len(waits) == 4  # a choice does not pass
 
 
+@pytest.mark.parametrize(
+    "endpoint", ["localhost:9", "hub", "http://", "https:///x", "http://me:pass@hub:port", "ftp://hub"]
+)
+def test_an_endpoint_that_is_no_address(hub, registry, capsys, monkeypatch, waits, endpoint):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    text = error_of(hub, registry, capsys)
+    assert f"HF_ENDPOINT is '{endpoint.replace('me:pass@', '')}', which is no address: write https://HOST" in text
+    assert max(waits, default=0) < 1
+
+
+def test_a_token_that_is_none(hub, registry, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_é")
+    text = error_of(hub, registry, capsys)
+    assert "the Hub token has letters that no token has: run `hf auth login`" in text and "hf_é" not in text
+
+
+def test_a_card_whose_header_the_hub_refuses(hub, registry, capsys):
+    artifact = publish(registry)
+    (artifact.path / "README.md").write_text("# no header")
+    assert cli.main(["push", "demo/sft", REPO, "--root", str(registry.root)]) == 2
+    told = "error: Invalid metadata in README.md. - no metadata: mend the header of that card, and push again\n"
+    assert capsys.readouterr().err == told
+
+
 def test_what_the_hub_refuses_is_told_on_one_line_without_the_token(hub, registry, capsys):
     message = f"no space left\nfor {hub.token}"
     hub.fail("POST .*/commit/", status=413, X_Error_Message=message.replace("\n", " "))
@@ -470,6 +495,29 @@ def test_a_pull_that_is_interrupted_goes_on(hub, registry, tmp_path, waits):
     assert contents(pull(REPO, other).path) == contents(artifact.path)
     assert hub.count("GET .*/README.md") == 0  # it had arrived
     assert [path.name for path in other.root.iterdir()] == ["demo"]
+
+
+def test_a_full_disk_ends_a_pull_in_one_line(hub, registry, tmp_path, capsys, monkeypatch, waits, recwarn):
+    push(publish(registry), REPO)
+    download = huggingface_hub.HfApi.hf_hub_download
+
+    def full(self, repo_id, name, *, local_dir, **options):
+        if name == "model.safetensors":
+            warnings.warn_explicit(
+                "Not enough free disk space", UserWarning, "file_download.py", 1, "huggingface_hub.file_download"
+            )
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return download(self, repo_id, name, local_dir=local_dir, **options)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "hf_hub_download", full)
+    root = tmp_path / "other"
+    assert cli.main(["pull", REPO, "--root", str(root)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: cannot write {root}/.pull-alice--demo-") and err.count("\n") == 1
+    assert err.endswith(
+        "/model.safetensors: No space left on device; free space there, or see who may write, and run the same command again\n"
+    )
+    assert max(waits, default=0) < 1 and not [warning for warning in recwarn if warning.category is UserWarning]
 
 
 def test_a_pull_mends_a_version_that_is_here_and_damaged(hub, registry):

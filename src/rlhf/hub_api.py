@@ -13,10 +13,12 @@ import re
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (
@@ -30,7 +32,7 @@ from huggingface_hub.utils import logging as hub_logging
 
 from rlhf import RLHFError, __version__
 from rlhf.manifest import MANIFEST, RegistryError
-from rlhf.registry import Artifact, read_manifest
+from rlhf.registry import ROOM, Artifact, read_manifest
 
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each further try, unless the Hub's Retry-After asks for more
 LONGEST_WAIT = 300.0
@@ -64,6 +66,11 @@ class Repository:
         self.token = get_token()
         self.api = HfApi(token=self.token, library_name="rlhf", library_version=__version__)
         self.host = public(self.api.endpoint)
+        _check_address(self.api.endpoint)
+        if self.token is not None and not (self.token.isascii() and self.token.isprintable()):
+            raise HubError(
+                f"the Hub token has letters that no token has: run `hf auth login`, or set HF_TOKEN anew ({TOKENS})"
+            )
         self.url = f"{self.host}/{repo_id}"
 
     def call(self, step: Callable[[], T]) -> T:
@@ -106,7 +113,20 @@ class Repository:
         return None
 
     def fetch(self, name: str, commit: str, folder: Path) -> None:
-        self.api.hf_hub_download(self.repo_id, name, revision=commit, local_dir=folder)
+        try:
+            self.api.hf_hub_download(self.repo_id, name, revision=commit, local_dir=folder)
+        except OSError as error:
+            cause = _cause(error)
+            if (
+                not isinstance(cause, OSError)
+                or cause.errno is None
+                or _is_silence(cause)
+                or _status(cause) is not None
+            ):
+                raise
+            raise HubError(
+                f"cannot write {folder / name}: {cause.strerror}; {ROOM}, and run the same command again"
+            ) from None
 
     def tags(self) -> list[str]:
         return [ref.name for ref in self.api.list_repo_refs(self.repo_id).tags]
@@ -170,6 +190,8 @@ class Repository:
             return self.not_found()
         if status == 403:
             return f"the token{self.owner()} may not write to {self.repo_id} (403): use one that may ({TOKENS}); {self.again}"
+        if _is_about_card(error):
+            return f"{self.reason(error)}: mend the header of that card, and push again"
         if _is_silence(error):
             return f"{self.reason(error)}: look at the network and at HF_ENDPOINT; {self.again}"
         return f"{self.reason(error)}; {self.again}"
@@ -194,7 +216,9 @@ def _quiet() -> Iterator[None]:
     if hide:
         disable_progress_bars()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
+            yield
     finally:
         hub_logging.set_verbosity(verbosity)
         if hide:
@@ -205,10 +229,24 @@ def _cause(error: BaseException) -> BaseException:
     """The failure below what the Hub library wraps around it: an answer of the server, or none."""
     link: BaseException | None = error
     while link is not None:
-        if isinstance(link, OfflineModeIsEnabled) or _status(link) is not None or _is_silence(link):
+        known = isinstance(link, OfflineModeIsEnabled) or _is_about_card(link) or _is_silence(link)
+        if known or _status(link) is not None:
             return link
         link = link.__cause__ or link.__context__
     return error
+
+
+def _is_about_card(error: BaseException) -> bool:
+    return isinstance(error, ValueError) and "metadata in README.md" in str(error)
+
+
+def _check_address(endpoint: str) -> None:
+    """Raises HubError for what can be no address, which would otherwise look like a Hub that does not answer."""
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(endpoint)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return
+    raise HubError(f"HF_ENDPOINT is {public(endpoint)!r}, which is no address: write https://HOST, or leave it out")
 
 
 def _status(error: BaseException) -> int | None:
