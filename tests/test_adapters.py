@@ -964,6 +964,19 @@ def test_an_adapter_of_plain_peft_is_taken(tmp_path, chains):
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("name", ["nobody/nothing", 5, None])
+def test_an_adapter_of_plain_peft_without_its_base_names_it(tmp_path, chains, name):
+    artifact = chains["gpt2"].require("sft", "tiny")
+    outside = shutil.copytree(artifact.path, tmp_path / "adapter", ignore=shutil.ignore_patterns("stage.json"))
+    config = json.loads((outside / "adapter_config.json").read_text())
+    (outside / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
+    told = (
+        "cannot load nobody/nothing, the base of .*/adapter" if name == "nobody/nothing" else "names no base model; set"
+    )
+    with pytest.raises(RLHFError, match=told):
+        models.load_policy(outside, models.load_tokenizer(outside))
+
+
 def test_a_tokenizer_without_pad_gets_one_and_the_base_keeps_its_size(tmp_path, checkpoints):
     """GPT-2's own tokenizer has no PAD: the row that is added is made anew at each load, and is not in the adapter."""
     folder = tmp_path / "no_pad"

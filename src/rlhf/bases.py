@@ -86,7 +86,7 @@ def start_of(path: str | Path, revision: str | None = None) -> Start:
     if recorded is None:  # published by plain peft: it names its base, and has no record of its weights
         config = _read_config(folder)
         name = config.get("base_model_name_or_path")
-        if not name:
+        if not isinstance(name, str) or not name:
             raise AdapterError(f"{folder / CONFIG} names no base model; set base_model_name_or_path")
         return Start(Base(name, config.get("revision"), _artifact(Path(name))), folder)
     base = _find_base(folder, recorded)

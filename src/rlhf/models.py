@@ -94,7 +94,7 @@ def load_policy(
     if start.has_head:
         raise ModelError(f"{path} is a reward model, {NO_POLICY}")
     how = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
-    with _loading(path):
+    with _loading(path, start):
         config = AutoConfig.from_pretrained(
             start.base.path, revision=start.base.revision, trust_remote_code=trust_remote_code
         )
@@ -126,7 +126,7 @@ def load_scalar_model(
     start = start_of(path)
     how = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     model: Any
-    with _loading(path):
+    with _loading(path, start):
         config = AutoConfig.from_pretrained(
             start.base.path, revision=start.base.revision, trust_remote_code=trust_remote_code, num_labels=1
         )
@@ -244,14 +244,14 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _loading(path: str | Path) -> Iterator[None]:
-    """Turns the failures of a load into one line."""
+def _loading(path: str | Path, start: Start | None = None) -> Iterator[None]:
+    """Turns the failures of a load into one line, which names the base where that is loaded for an adapter."""
     try:
         with quiet():
             yield
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = one_line(error)
-        raise ModelError(f"cannot load {path}: {reason[:300]}") from error
+        what = path if start is None or start.adapter is None else f"{start.base.name}, the base of {path}"
+        raise ModelError(f"cannot load {what}: {one_line(error)[:300]}") from error
 
 
 def _set_dropout(config: Any, value: float | None, everywhere: bool = False) -> None:
