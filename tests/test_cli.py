@@ -154,9 +154,21 @@ def test_ls_of_a_run_and_of_nothing(command, registry, tmp_path):
     assert_error(command("ls", "nobody"), "no versions in run 'nobody'")
     assert "runs there: demo, other" in command("ls", "nobody").stderr
     assert_error(command("ls", "../runs"), "is no run name")
-    empty = rlhf("registry", "ls", "--root", tmp_path / "empty")
-    assert (empty.returncode, empty.stdout) == (0, f"no versions in {tmp_path / 'empty'}\n")
-    assert not (tmp_path / "empty").exists()
+    (tmp_path / "empty").mkdir()
+    empty = rlhf("registry", "ls", cwd=tmp_path / "empty")  # where nothing was trained yet
+    assert (empty.returncode, empty.stdout) == (0, f"no versions in {tmp_path / 'empty' / 'runs'}\n")
+    assert not any((tmp_path / "empty").iterdir())
+
+
+def test_a_root_that_is_not_there_or_no_folder(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for name in ("nosuch", "file"):
+        for command in ("ls", "verify", "gc"):
+            assert cli.main(["registry", command, "--root", str(tmp_path / name)]) == 2
+            assert capsys.readouterr().err == (
+                f"error: there is no folder {tmp_path / name}: name the one that holds the runs with --root\n"
+            )
+    assert not (tmp_path / "nosuch").exists()
 
 
 def test_ls_skips_what_it_cannot_read_and_says_so(command, registry):

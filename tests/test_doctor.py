@@ -102,6 +102,12 @@ def test_a_root_that_cannot_be_written_and_a_disk_that_is_full(tmp_path, monkeyp
     assert finding.state == doctor.NOTE and "1 GiB free; checkpoints fill a disk quickly" in finding.text
 
 
+def test_a_root_that_is_a_file(tmp_path):
+    (tmp_path / "runs").write_text("")
+    (finding,) = findings(doctor.registry, tmp_path)
+    assert finding.state == doctor.BAD and finding.text.startswith(f"{tmp_path}/runs is no folder: give --output_dir")
+
+
 def test_what_breaks_while_it_is_looked_at_is_told(tmp_path):
     def torch_(args):
         raise ImportError("libcudart.so.13: cannot open\nshared object file")

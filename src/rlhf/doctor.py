@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import __version__
+from rlhf.registry import Registry
 
 OK, NOTE, BAD = "ok", "note", "BAD"  # BAD: a stage will not run; note: something is not there that a stage may ask for
 NEEDED = (
@@ -187,8 +188,11 @@ def memory(args: argparse.Namespace) -> Iterator[Finding]:
 
 def registry(args: argparse.Namespace) -> Iterator[Finding]:
     """Whether versions can be written, and how much room there is."""
-    root = Path(os.path.abspath(Path(args.root).expanduser()))
+    root = Registry(args.root).root
     there = next(folder for folder in (root, *root.parents) if folder.exists())
+    if not there.is_dir():
+        yield Finding(BAD, "registry", f"{there} is no folder: give --output_dir to the stages (here: --root)")
+        return
     if not os.access(there, os.W_OK):
         yield Finding(BAD, "registry", f"{there} cannot be written to: give --output_dir to the stages (here: --root)")
         return

@@ -20,7 +20,7 @@ NOTHING = "—"
 
 
 def ls(args: argparse.Namespace) -> None:
-    registry = Registry(args.root)
+    registry = _there(args)
     artifacts = registry.list(args.name)
     if not artifacts and args.name is not None:
         runs = ", ".join(dict.fromkeys(artifact.run for artifact in registry.list())) or "none"
@@ -59,7 +59,7 @@ def lineage(args: argparse.Namespace) -> None:
 
 
 def verify(args: argparse.Namespace) -> None:
-    registry = Registry(args.root)
+    registry = _there(args) if args.ref is None else Registry(args.root)
     if args.ref is not None:
         artifact = registry.get(args.ref, verify=False)
         registry.verify(artifact)
@@ -106,7 +106,7 @@ def untag(args: argparse.Namespace) -> None:
 
 
 def gc(args: argparse.Namespace) -> None:
-    registry = Registry(args.root)
+    registry = _there(args)
     artifacts, drafts = registry.prunable(args.keep), registry.stale_drafts()
     freed = sum(map(bytes_of, artifacts)) + sum(map(_folder_bytes, drafts))
     for artifact in reversed(artifacts):  # children first, so that an interruption leaves nothing without its parent
@@ -121,6 +121,14 @@ def gc(args: argparse.Namespace) -> None:
         print(f"nothing to remove in {registry.root}")
     else:
         print(f"{size(freed)} freed" if args.yes else f"{size(freed)} in all; remove them with --yes")
+
+
+def _there(args: argparse.Namespace) -> Registry:
+    """The registry that is asked for all it holds; `runs`, the default, may be yet to come."""
+    registry = Registry(args.root)
+    if not os.path.isdir(registry.root) and (args.root != "runs" or os.path.lexists(registry.root)):
+        raise RegistryError(f"there is no folder {registry.root}: name the one that holds the runs with --root")
+    return registry
 
 
 # --- text
