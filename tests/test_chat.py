@@ -119,6 +119,18 @@ def test_mistakes_are_one_line(say, options, model, told):
     assert (status, out) == (2, "") and err.startswith("error: ") and told in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("word", ["-1", "nan", "inf", "1e300", "1e-300", "x"])
+def test_temperatures_that_no_logits_may_be_divided_by(word, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["chat", "tiny/sft", f"--temperature={word}"])
+    assert f"{word} is neither 0 nor a number from 1e-6 to 1e6" in capsys.readouterr().err or word == "x"
+
+
+@pytest.mark.parametrize("word", ["1e-6", "1e6"])
+def test_temperatures_at_the_limits(say, word):
+    assert say("feed\n", "--max-new-tokens", "4", "--temperature", word)[0] == 0
+
+
 def test_a_folder_that_may_not_be_read(say, monkeypatch):
     def refused(path, **options):
         raise PermissionError(13, "Permission denied", str(path))

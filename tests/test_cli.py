@@ -92,6 +92,18 @@ def test_libraries_do_not_report_what_a_command_does_not_need(registry, monkeypa
     assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
 
 
+def test_deepspeed_does_not_report_a_machine_without_a_gpu(caplog, monkeypatch):
+    """Its import makes a logger that writes to stdout, after the level was set."""
+    logger = logging.getLogger("DeepSpeed")
+    monkeypatch.setattr(logger, "filters", [])
+    cli.silence_libraries()
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    with caplog.at_level(logging.INFO, logger="DeepSpeed"):
+        logger.warning("Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it.")
+        logger.warning("something else")
+    assert caplog.messages == ["something else"]
+
+
 def test_saving_tied_weights_is_no_news(caplog, monkeypatch):
     PartialState()
     monkeypatch.setattr(logging.getLogger("accelerate.utils.other"), "filters", [])
@@ -131,6 +143,22 @@ def test_a_reader_that_stops_early_is_no_error(registry):
     assert process.stdout and process.stderr
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_an_output_that_is_full_is_one_line(registry):
+    command = [sys.executable, "-m", "rlhf.cli", "registry", "--root", str(registry.root), "show", "demo/sft"]
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert process.stderr == "error: cannot write the output: No space left on device; free space there\n"
+    assert process.returncode == 2
+
+
+def test_streams_that_are_closed_are_nowhere(registry, monkeypatch):
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert cli.main(["registry", "ls", "--root", str(registry.root)]) == 0
+    assert sys.stdin.read() == ""
 
 
 # --- the registry's commands

@@ -8,6 +8,7 @@ group of commands is one function `add_<name>(commands)` in `GROUPS`; each of it
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import logging
 import os
@@ -30,6 +31,9 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 2 with one line on stderr where the user can mend what is wrong."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by who started this: nothing comes from there, and nothing goes there
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # it stays open
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without Unicode shows ? and works
@@ -45,9 +49,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # the reader (head, less) has gone; python would complain again when it closes stdout
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader (head, less) has gone
+        _drop_output()
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _drop_output()
+        print(
+            f"error: cannot write {error.filename or 'the output'}: {error.strerror}; free space there", file=sys.stderr
+        )
+        return 2
+
+
+def _drop_output() -> None:
+    """What is still to be written goes nowhere: python would complain again when it closes stdout."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_stage(stage: str, argv: list[str] | None = None, *, last: bool = True) -> None:
@@ -110,14 +127,15 @@ def silence_libraries() -> None:
     """Keeps libraries from reporting what a machine lacks and the run does not need, and how tied weights are saved."""
     for name in ("bitsandbytes", "DeepSpeed", "torch.distributed.elastic"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("accelerate.utils.other").addFilter(_is_news)
+    for name in ("accelerate.utils.other", "DeepSpeed"):  # DeepSpeed's import sets its level anew
+        logging.getLogger(name).addFilter(_is_news)
     # What DeepSpeed calls, once a call and process; and that FSDP's modules return views, which nothing writes into here.
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return "Removed shared tensor" not in record.getMessage()
+    return not any(text in record.getMessage() for text in ("Removed shared tensor", "Setting accelerator to CPU"))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -175,10 +193,10 @@ def add_registry(commands: Any) -> None:
 
 
 def temperature(word: str) -> float:
-    """An argument that is a finite number from 0 up."""
+    """An argument that is 0, or a number by which logits may be divided in 32 bits."""
     value = float(word)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{word} is no number from 0 up")
+    if value and not 1e-6 <= value <= 1e6:
+        raise argparse.ArgumentTypeError(f"{word} is neither 0 nor a number from 1e-6 to 1e6")
     return value
 
 
