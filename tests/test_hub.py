@@ -646,6 +646,26 @@ def test_adopting_knows_parents_by_their_weights(registry, tmp_path):
     assert again.adopt(copy_of(stranger, again)).parents == stranger.parents  # its origin is not told twice
 
 
+def test_a_parent_that_comes_after_its_child_is_found_by_its_weights(registry, tmp_path):
+    """The child's manifest names it as it was called elsewhere, and gc keeps it; so with the base of an adapter."""
+    base = publish(registry, "demo/base", weights=b"base")
+    sft = publish(registry, weights=b"theirs", parents=[base])
+    on = {".": {"kind": "artifact", "ref": sft, "revision": None, "sha256": sft.weights_sha256}}
+    rm = publish(registry, "demo/rm", parents=[sft], adapters=on)
+    other = Registry(tmp_path / "other")
+    child = other.adopt(copy_of(rm, other), origin="alice/rm@rlhf-v1")
+    with pytest.raises(TornArtifact, match="alice/rm@rlhf-v1:demo/sft/v1, which is not here"):
+        other.verify(child)
+    publish(other, weights=b"ours")
+    publish(other, "demo/rm", weights=b"theirs")  # of the same weights, and of another stage
+    parent = other.adopt(copy_of(sft, other), origin="alice/sft@rlhf-v1")
+    publish(other, weights=b"newer")
+    assert other.lineage(child).parents[0].artifact == parent and parent.ref == "demo/sft/v2"
+    other.verify(child)
+    other.tag(child, "kept")
+    assert [artifact.ref for artifact in other.prunable(keep=1)] == ["demo/sft/v1"]
+
+
 def test_adopting_keeps_the_manifest_and_takes_no_number_twice(registry, tmp_path):
     publish(registry)
     artifact = publish(registry, weights=b"2")

@@ -407,10 +407,17 @@ class Registry:
         queue = list(kept)
         while queue:
             artifact = versions.get(queue.pop())
-            needed = {entry["ref"] for entry in (*artifact.parents, *artifact.adapters.values())} if artifact else set()
+            needed = set() if artifact is None else {self._ref_here(entry) for entry in _origins(artifact)}
             queue += needed - kept
             kept |= needed
         return [artifact for ref, artifact in versions.items() if ref not in kept]
+
+    def _ref_here(self, entry: Mapping[str, Any]) -> str:
+        """What a parent or base is called here, which its record need not know if it was pulled before that."""
+        if ":" in entry["ref"]:
+            with suppress(RegistryError):
+                return self._recorded(entry).ref
+        return str(entry["ref"])
 
     def stale_drafts(self) -> Sequence[Path]:
         """Drafts older than a day whose process is gone."""
@@ -488,13 +495,18 @@ class Registry:
 
     def _recorded(self, entry: Mapping[str, Any]) -> Artifact:
         """A parent or base as a manifest of this registry records it; MissingStage where it is not here."""
-        match = _REF.fullmatch(entry["ref"])
+        foreign, path = ":" in entry["ref"], self.root / entry["ref"]
+        match = None if foreign else _REF.fullmatch(entry["ref"])  # USER/rm@TAG:… reads like a tag of a run
         if match:
             return self._named(match)
-        path = self.root / entry["ref"]
-        if not _is_version(path):
-            raise MissingStage(f"no version {entry['ref']} beside {self.root}")
-        return self._find(str(path))
+        if _is_version(path):
+            return self._find(str(path))
+        if foreign:  # from elsewhere (`adopt`), and here by now: it is known by its weights
+            told = _REF.fullmatch(entry["ref"].rpartition(":")[2])
+            for artifact in self.scan(stage=told["stage"] if told else None, on_error=_ignore):
+                if artifact.weights_sha256 == entry["sha256"]:
+                    return artifact
+        raise MissingStage(f"no version {entry['ref']} beside {self.root}")
 
     def _resolve(self, artifact_or_ref: Artifact | str | Path) -> Artifact:
         return artifact_or_ref if isinstance(artifact_or_ref, Artifact) else self._find(str(artifact_or_ref))
@@ -665,6 +677,10 @@ def _parents(artifact: Artifact) -> list[tuple[dict[str, str], Artifact | None]]
             parent = registry._recorded(recorded)
         found.append((recorded, parent))
     return found
+
+
+def _origins(artifact: Artifact) -> list[Mapping[str, Any]]:
+    return [*artifact.parents, *artifact.adapters.values()]
 
 
 def _ref_from(root: Path, artifact: Artifact) -> str:
