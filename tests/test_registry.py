@@ -267,6 +267,15 @@ def test_publish_refuses_links_and_drafts_without_weights(registry, tmp_path):
     assert registry.list() == []
 
 
+def test_an_adapter_whose_base_has_gone_is_not_published(registry):
+    base = publish(registry, "demo/base")
+    registry.remove(base)
+    with pytest.raises(MissingStage, match=rf"the new sft is an adapter on demo/base/v1, and {base.path} has gone"):
+        publish(registry, adapters=standing_on(base))
+    assert registry.list() == []
+    publish(registry, parents=[base])  # whole weights stand on their own
+
+
 def test_a_draft_is_published_once(registry):
     with registry.draft("demo", "sft") as draft:
         (draft.path / "model.safetensors").write_bytes(b"x")

@@ -22,7 +22,7 @@ from rlhf import ppo, pretrain, reward, sft, training
 from rlhf.cli import main, run_stage
 from rlhf.config import to_dict
 from rlhf.data.encode import encode_prompts
-from rlhf.registry import Registry
+from rlhf.registry import Registry, RegistryError
 from rlhf.training import COMPLETE, TrainingError, work_folder
 
 STAGES = {  # module, folder in the registry, its parent, arguments
@@ -248,6 +248,31 @@ def test_a_run_resumes_from_what_it_was_trained_from(inputs):
     (resume.parent / training.INPUTS).write_text("{")
     with pytest.raises(TrainingError, match=r"inputs\.json cannot be read"):
         training.pin_inputs(resume.parent, resume, models, data)
+
+
+def test_gc_keeps_what_an_unfinished_run_is_trained_from(registry, tmp_path):
+    """By the weights: a version of that name that holds others is another one. With the folder of the run goes its claim."""
+
+    def publish(weights):
+        with registry.draft("tiny", "base") as draft:
+            (draft.path / "model.safetensors").write_bytes(weights)
+            return draft.publish()
+
+    first, second, _ = map(publish, (b"1", b"2", b"3"))
+    assert registry.prunable(keep=1) == [first, second]
+    work = registry.work_dir("tiny", "sft") / "0123"
+    work.mkdir(parents=True)
+    training.pin_inputs(work, None, {"model_name_or_path": (str(first.path), first), "judge": ("gpt2", None)}, [])
+    assert registry.prunable(keep=1) == [second]
+    (first.path / "model.safetensors").write_bytes(b"4")
+    other = {"sha256": "4" * 64, "size": 1}
+    (first.path / "stage.json").write_text(json.dumps(first.manifest | {"files": {"model.safetensors": other}}))
+    assert registry.prunable(keep=1) == [first, second]
+    (work / training.INPUTS).write_text("{")
+    with pytest.raises(RegistryError, match=r"cannot read .*work/0123/inputs\.json .*; mend it or remove .*work/0123"):
+        registry.prunable(keep=1)
+    shutil.rmtree(work)
+    assert registry.prunable(keep=1) == [first, second]
 
 
 def test_another_number_of_processes_is_refused_where_it_matters(inputs, monkeypatch):

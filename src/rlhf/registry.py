@@ -74,6 +74,7 @@ COMMANDS = {
     "ppo": "make ppo RUN={run}",
 }
 STALE_AFTER = 24 * 3600.0  # seconds after which the draft of a process that is gone is removed
+INPUTS = "inputs.json"  # what an unfinished run is trained from, in its work folder (`training.pin_inputs`)
 ROOM = "free space there, or see who may write"
 LOCK_TIMEOUT = 300.0  # seconds; a lock is held for one small write and one rename
 
@@ -394,7 +395,8 @@ class Registry:
     def prunable(self, keep: int = 3) -> Sequence[Artifact]:
         """Versions that may go: not tagged, not of the newest `keep` of a stage, and nothing that stays was trained from them.
 
-        What a version was trained from are its parents, theirs, and the bases of adapters: a parent may be missing between.
+        A run that is not through, and may be resumed, stays. What a version was trained from are its parents,
+        theirs, and the bases of adapters: a parent may be missing between.
         """
         if keep < 1:
             raise RegistryError(f"keep must be at least 1, not {keep}: the newest version always stays")
@@ -404,6 +406,9 @@ class Registry:
             run, stage = folder.parent.name, folder.name
             numbers = {*_versions(folder)[-keep:], *self.tags(run, stage).values()}
             kept |= {f"{run}/{stage}/v{number}" for number in numbers}
+        for ref, sha256 in self._unfinished():
+            if ref in versions and versions[ref].weights_sha256.startswith(sha256):
+                kept.add(ref)
         queue = list(kept)
         while queue:
             artifact = versions.get(queue.pop())
@@ -411,6 +416,19 @@ class Registry:
             queue += needed - kept
             kept |= needed
         return [artifact for ref, artifact in versions.items() if ref not in kept]
+
+    def _unfinished(self) -> Iterator[tuple[str, str]]:
+        """(ref, beginning of the weights' hash) of the versions that runs which are not through are trained from."""
+        for folder in self._stage_dirs(None, None):
+            for name in _children(folder / "work"):
+                path = folder / "work" / name / INPUTS
+                try:
+                    told = [str(value).split() for value in json.loads(path.read_text(encoding="utf-8")).values()]
+                except (FileNotFoundError, NotADirectoryError):
+                    continue
+                except (OSError, ValueError, AttributeError, RecursionError) as error:
+                    raise RegistryError(f"cannot read {path} ({error}); mend it or remove {path.parent}") from error
+                yield from ((words[0], words[1]) for words in told if len(words) == 2)
 
     def _ref_here(self, entry: Mapping[str, Any]) -> str:
         """What a parent or base is called here, which its record need not know if it was pulled before that."""
@@ -563,6 +581,11 @@ class Draft:
         if base_model is None:
             model, revision = next(_base_models(parents), (None, None))
             base_model, base_revision = model, base_revision or revision
+        for base in (adapters or {}).values():
+            if isinstance(base["ref"], Artifact) and not _holds_manifest(base["ref"].path):
+                raise MissingStage(
+                    f"the new {self.stage} is an adapter on {base['ref'].ref}, and {base['ref'].path} has gone: restore it"
+                )
         tokenizer = tokenizer_sha256(self.path)
         _check_tokenizer(f"the new {self.stage}", tokenizer, parents)
         manifest: dict[str, Any] = {

@@ -34,7 +34,7 @@ from rlhf.data import load, split_by_key
 from rlhf.engine import state_dict
 from rlhf.launch import strategy_of_launch
 from rlhf.models import quiet
-from rlhf.registry import Artifact, Registry
+from rlhf.registry import INPUTS, Artifact, Registry
 
 COMPLETE = "complete"  # marker file of a checkpoint, written last: one without it is torn and is never resumed from
 REFERENCE = r"[^/]+/(base|sft|rm|ppo)(/v\d+|@[^/]+)?"
@@ -54,8 +54,7 @@ FREE_CHOICES = {
     "license",
     "dataset_license",
 }
-INPUTS = "inputs.json"  # what the run is trained from, beside its checkpoints
-# INPUTS knows what these stood for, which is what counts.
+# INPUTS, beside the checkpoints, knows what these stood for, which is what counts.
 MODEL_PATHS = {"model_name_or_path", "sft_model_path", "reward_model_path", "critic_path"}
 
 
