@@ -190,11 +190,11 @@ def test_ls_of_a_run_and_of_nothing(command, registry, tmp_path):
 
 def test_a_root_that_is_not_there_or_no_folder(tmp_path, capsys):
     (tmp_path / "file").touch()
-    for name in ("nosuch", "file"):
+    for name, reason in (("nosuch", "No such file or directory"), ("file", "Not a directory")):
         for command in ("ls", "verify", "gc"):
             assert cli.main(["registry", command, "--root", str(tmp_path / name)]) == 2
             assert capsys.readouterr().err == (
-                f"error: there is no folder {tmp_path / name}: name the one that holds the runs with --root\n"
+                f"error: cannot read {tmp_path / name}: {reason}; name the folder that holds the runs with --root\n"
             )
     assert not (tmp_path / "nosuch").exists()
 

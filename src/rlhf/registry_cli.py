@@ -126,8 +126,12 @@ def gc(args: argparse.Namespace) -> None:
 def _there(args: argparse.Namespace) -> Registry:
     """The registry that is asked for all it holds; `runs`, the default, may be yet to come."""
     registry = Registry(args.root)
-    if not os.path.isdir(registry.root) and (args.root != "runs" or os.path.lexists(registry.root)):
-        raise RegistryError(f"there is no folder {registry.root}: name the one that holds the runs with --root")
+    try:
+        os.listdir(registry.root)
+    except OSError as error:
+        if args.root != "runs" or not isinstance(error, FileNotFoundError):
+            told = f"cannot read {registry.root}: {error.strerror}; name the folder that holds the runs with --root"
+            raise RegistryError(told) from error
     return registry
 
 
