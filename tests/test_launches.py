@@ -30,6 +30,7 @@ from rlhf.planning.shapes import BUILT_IN
 from rlhf.registry import Registry
 
 RUN = {"pretrain": pretrain.run, "sft": sft.run, "reward": reward.run, "ppo": ppo.run}
+STRATEGIES = ["cpu_ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"]
 WITHOUT_DEEPSPEED = ["cpu_ddp", "fsdp2"]
 ARCHITECTURES = ["gpt2", "opt"]
 WITH_ADAPTERS = {"cpu_ddp": "opt", "zero2": "gpt2", "zero3": "opt", "fsdp2": "gpt2"}
@@ -174,19 +175,11 @@ def alone(tmp_path_factory):
     return of
 
 
-def marked(*strategies):
-    return [pytest.param(s, marks=[] if s in WITHOUT_DEEPSPEED else [needs_deepspeed]) for s in strategies]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "strategy", marked("cpu_ddp", "zero1", "zero2", "zero3")
-)  # the others: test_launches_spread.py
+    "strategy", [pytest.param(s, marks=[] if s in WITHOUT_DEEPSPEED else [needs_deepspeed]) for s in STRATEGIES]
+)
 def test_two_processes_follow_one(tmp_path, alone, strategy):
-    check_that_two_processes_follow_one(tmp_path, alone, strategy)
-
-
-def check_that_two_processes_follow_one(tmp_path, alone, strategy):
     kinds = [(architecture, "whole") for architecture in ARCHITECTURES]
     kinds += [(of[strategy], kind) for kind, of in (("muon", WITH_MUON), ("adapters", WITH_ADAPTERS)) if strategy in of]
     stages, registries = [], {}
@@ -217,6 +210,24 @@ def check_that_two_processes_follow_one(tmp_path, alone, strategy):
         two = Registry(tmp_path / "runs").require("base", "tiny")
         assert difference(one, two, "") < 2e-6
         follows(tiny.history(one), tiny.history(two))
+
+
+@pytest.mark.slow
+def test_under_fsdp_in_bfloat16_the_reference_starts_equal(tmp_path):
+    """Rollout, reference and update see the same bfloat16 weights; those that learn are float32, and are published so."""
+    registry = test_ppo.stages(tmp_path)
+    args = stage_args(tmp_path, PROCESSES)["ppo"]
+    args = dataclasses.replace(args, bf16=True, gradient_checkpointing=True, num_ppo_epochs=1)
+    words = ["tests/launched.py", "ppo", tiny.write_config(tmp_path / "ppo.json", args)]
+    done = tiny.launch(command("fsdp2", *words), **variables("fsdp2"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    end = registry.require("ppo", "tiny")
+    first, second = tiny.history(end)
+    assert first["objective/kl"] == 0 and second["objective/kl_k3"] > 0
+    for line in (first, second):
+        assert line["policy/first_ratio"] == pytest.approx(1, abs=1e-6)
+    for part in ("", "critic", "ema"):
+        assert {w.dtype for w in load_file(end.path / part / "model.safetensors").values()} == {torch.float32}
 
 
 def pretrain_args(folder, processes):
@@ -347,12 +358,8 @@ def with_tests_on_the_path(**more):
 
 
 @pytest.mark.slow
-@needs_deepspeed
-def test_every_stage_survives_a_process_that_fails(tmp_path):
-    check_that_every_stage_survives(tmp_path, "zero3")
-
-
-def check_that_every_stage_survives(tmp_path, strategy):
+@pytest.mark.parametrize("strategy", [pytest.param("zero3", marks=needs_deepspeed), "fsdp2"])
+def test_every_stage_survives_a_process_that_fails(tmp_path, strategy):
     """Where weights are spread. SFT and the reward model lose process 1 after step 7, PPO's reward function raises there in the
     third rollout, with whole weights and with adapters. Each launch ends with a failure, and the next one goes on from the
     checkpoint.
