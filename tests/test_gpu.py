@@ -379,15 +379,8 @@ def test_steps_of_weights_that_are_gathered_are_recorded(tmp_path, launch, gathe
     alone = tiny.history(ppo.run(ppo_args(tmp_path / "alone")))
     (tmp_path / "spread.py").write_text(SPREAD)
     words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{launch}.yaml"]
-    words += [
-        "--num_processes",
-        "1",
-        "--main_process_port",
-        "0",
-        str(tmp_path / "spread.py"),
-        str(tmp_path / "spread"),
-        str(gather),
-    ]
+    words += ["--num_processes", "1", "--main_process_port", "0"]
+    words += [str(tmp_path / "spread.py"), str(tmp_path / "spread"), str(gather)]
     done = tiny.launch(words, CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"recorded {steps}" in done.stdout

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from rlhf import RLHFError
+from rlhf.launch import launched_with
 from rlhf.manifest import MANIFEST, file_sha256, weights_sha256
 from rlhf.registry import Artifact, Registry, RegistryError, read_manifest
 
@@ -205,7 +205,7 @@ def loading_quantized(chosen: Mapping[str, Any] | None) -> dict[str, Any]:
         raise AdapterError(
             "load_in_4bit and load_in_8bit need bitsandbytes; pip install 'rlhf[quant]', or leave them out"
         )
-    if is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if is_deepspeed_zero3_enabled() or launched_with("FSDP"):
         raise AdapterError(
             "load_in_4bit and load_in_8bit: quantised weights are not spread over processes (ZeRO 3, FSDP); launch with "
             "--config_file configs/accelerate/zero2.yaml, or leave them out"

@@ -8,7 +8,6 @@ group of commands is one function `add_<name>(commands)` in `GROUPS`; each of it
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import logging
 import os
@@ -53,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()
         return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not ran_out_of_space(error):
             raise
         _drop_output()
         print(

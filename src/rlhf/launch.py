@@ -23,7 +23,7 @@ def check_launch() -> None:
     import torch
 
     world, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    on_cpu, deepspeed, fsdp = (_is_set(f"ACCELERATE_USE_{name}") for name in ("CPU", "DEEPSPEED", "FSDP"))
+    on_cpu, deepspeed, fsdp = map(launched_with, ("CPU", "DEEPSPEED", "FSDP"))
     gpus = 0 if on_cpu else torch.cuda.device_count()
     if deepspeed and on_cpu:
         raise LaunchError(
@@ -81,8 +81,9 @@ def refuse_stale_locks() -> None:
             )
 
 
-def _is_set(name: str) -> bool:
-    return os.environ.get(name, "").lower() in TRUE
+def launched_with(what: str) -> bool:
+    """Whether the launcher asks accelerate for CPU, DEEPSPEED or FSDP."""
+    return os.environ.get(f"ACCELERATE_USE_{what}", "").lower() in TRUE
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
@@ -95,8 +96,8 @@ def ran_out_of_memory(error: BaseException) -> bool:
 
 def strategy_of_launch() -> str:
     """The name of the launch's strategy, as `rlhf plan` has it."""
-    if not _is_set("ACCELERATE_USE_DEEPSPEED"):
-        if _is_set("ACCELERATE_USE_FSDP"):
+    if not launched_with("DEEPSPEED"):
+        if launched_with("FSDP"):
             return "fsdp2"
         return "ddp" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "single"
     from accelerate.state import AcceleratorState

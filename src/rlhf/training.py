@@ -32,7 +32,7 @@ from rlhf.bases import check_optimizer
 from rlhf.config import StageArgs, TrainerArgs, to_dict
 from rlhf.data import load, split_by_key
 from rlhf.engine import state_dict
-from rlhf.launch import strategy_of_launch
+from rlhf.launch import launched_with, strategy_of_launch
 from rlhf.models import quiet
 from rlhf.registry import INPUTS, Artifact, Registry
 
@@ -181,9 +181,10 @@ def settle_precision(args: StageArgs) -> None:
     if LAUNCHED_PRECISION not in ("no", "bf16" if args.bf16 else "no"):
         say(f"the launcher's mixed precision ({LAUNCHED_PRECISION}) is not used; give --bf16 true for bfloat16")
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if args.bf16 else "no"
-    dtype, spread = getattr(args, "dtype", "float32"), ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
-    whole = not getattr(args, "use_peft", False) and not any(os.environ.get(name) == "true" for name in spread)
-    if dtype in ("bfloat16", "float16") and whole:  # DeepSpeed and FSDP keep float32 besides, and adapters are float32
+    dtype = getattr(args, "dtype", "float32")
+    # DeepSpeed and FSDP keep float32 besides, and adapters are float32.
+    kept = getattr(args, "use_peft", False) or launched_with("DEEPSPEED") or launched_with("FSDP")
+    if dtype in ("bfloat16", "float16") and not kept:
         say(f"dtype {dtype}: small steps of weights in 16 bits are lost; give --dtype float32 --bf16 true")
 
 

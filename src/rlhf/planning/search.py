@@ -127,16 +127,9 @@ def _faster(plan: Plan, job: Job, assume: Assumptions, strategies: Sequence[str]
     """A note where a more frugal strategy fits as well, and need not compute activations again."""
     limit, found = job.gpu_gib * GIB * (1 - assume.reserve), plan.setup
     for candidate in candidates(plan.stage, job, strategies) if found.checkpointing else ():
-        same = (candidate.method, candidate.gather) == (
-            found.method,
-            found.gather,
-        )  # what is trained, and how it decodes
-        if (
-            candidate.checkpointing
-            or candidate.sharding.offload
-            or not same
-            or not is_enough(plan.stage, job, candidate.micro)
-        ):
+        alike = candidate.method == found.method and candidate.gather == found.gather
+        costly = candidate.checkpointing or candidate.sharding.offload
+        if costly or not alike or not is_enough(plan.stage, job, candidate.micro):
             continue
         setup = with_rollout(job, candidate, limit) if plan.stage == "ppo" else candidate
         taken = hours(plan.stage, job, setup, assume)
