@@ -29,6 +29,7 @@ from rlhf import RLHFError, adapters, bases, cli, hub, merging, models, ppo, rew
 from rlhf.actors import load_models, reward_sources
 from rlhf.config import ConfigError
 from rlhf.data.encode import encode_completions, encode_prompts
+from rlhf.decoding import can_preallocate
 from rlhf.planning.advice import job_of, memory_advice, setup_of
 from rlhf.registry import HashMismatch, Registry
 from rlhf.training import resolve
@@ -564,6 +565,14 @@ def test_quantised_layers_answer_in_16_bits_under_autocast(tmp_path, architectur
     assert set(seen) == {torch.bfloat16}
     assert {layer.keys.dtype for layer in output.past_key_values.layers} == {torch.bfloat16}
     assert (output.logits.float() - exact).abs().max() < 0.1 * exact.std()
+
+
+@pytest.mark.parametrize("bits", list(QUANTISED))
+def test_steps_of_4_bit_layers_alone_can_be_recorded(tmp_path, bits):
+    """8-bit ones look for columns of large values, and wait for the answer."""
+    base = tiny.published(tmp_path, "base").require("base", "tiny").path
+    args = tiny.sft_args(tmp_path, **LORA | QUANTISED[bits])
+    assert can_preallocate(models.load_policy(base, models.load_tokenizer(base), peft=args)) == (bits == "4-bit")
 
 
 def test_adapters_on_a_quantised_base_stay_in_float32(tmp_path):

@@ -347,13 +347,6 @@ def test_steps_of_four_bit_layers_are_recorded(tmp_path, monkeypatch, name):
     assert recorded
 
 
-def test_steps_of_eight_bit_layers_are_not(tmp_path):
-    """They look for columns of large values, and wait for the answer."""
-    base = tiny.published(tmp_path, "base").require("base", "tiny").path
-    args = tiny.sft_args(tmp_path, **test_adapters.LORA | test_adapters.QUANTISED["8-bit"])
-    assert not can_preallocate(load_policy(base, load_tokenizer(base), peft=args))
-
-
 SPREAD = """
 import pathlib, sys
 sys.path.insert(0, "tests")

@@ -293,7 +293,11 @@ def test_a_deepspeed_file_that_differs_from_the_options_is_one_line(monkeypatch,
     with pytest.raises(SystemExit):
         run_stage("sft", ["--config", config])
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert "differ (ds gradient_accumulation_steps=1 vs hf gradient_accumulation_steps=4); write auto there" in line
+    first, second = (
+        "ds gradient_accumulation_steps=1 vs hf gradient_accumulation_steps=4",
+        "ds bf16=True vs hf bf16=False",
+    )
+    assert f"differ ({first}; {second}); write auto there" in line
 
 
 def test_errors_of_memory_are_told_from_others():
