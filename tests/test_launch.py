@@ -280,10 +280,9 @@ def test_what_a_trainer_would_refuse_late_is_refused_at_once(tmp_path, changes, 
 
 def test_a_deepspeed_file_that_differs_from_the_options_is_one_line(monkeypatch, tmp_path, capsys):
     tiny.published(tmp_path, "base")
+    differ = ["ds gradient_accumulation_steps=1 vs hf gradient_accumulation_steps=4", "ds bf16=True vs hf bf16=False"]
     text = "Please correct the following DeepSpeed config values that mismatch TrainingArguments values:\n"
-    text += (
-        "- ds gradient_accumulation_steps=1 vs hf gradient_accumulation_steps=4\nThe easiest is to set these to 'auto'."
-    )
+    text += "".join(f"- {one}\n" for one in differ) + "The easiest is to set these to 'auto'."
 
     def train(*args, **kwargs):
         raise ValueError(text)
@@ -293,11 +292,7 @@ def test_a_deepspeed_file_that_differs_from_the_options_is_one_line(monkeypatch,
     with pytest.raises(SystemExit):
         run_stage("sft", ["--config", config])
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    first, second = (
-        "ds gradient_accumulation_steps=1 vs hf gradient_accumulation_steps=4",
-        "ds bf16=True vs hf bf16=False",
-    )
-    assert f"differ ({first}; {second}); write auto there" in line
+    assert f"differ ({differ[0]}; {differ[1]}); write auto there" in line
 
 
 def test_errors_of_memory_are_told_from_others():
