@@ -435,7 +435,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf import RLHFError, engine
 
-rank = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")]).process_index
+accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
+rank = accelerator.process_index
 
 
 @contextlib.contextmanager
@@ -470,6 +471,7 @@ for forwards in ((3, 1), (0, 2), (0, 0)):
     assert count == 3
 assert not model[0]._forward_pre_hooks and not model[2]._forward_hooks
 print("together")
+accelerator.end_training()  # without it a process may abort at its exit
 """
 
 

@@ -775,14 +775,17 @@ def test_prompts_that_leave_no_room_are_refused(tmp_path):
         ppo.run(ppo_args(tmp_path, max_prompt_length=2))
 
 
-def test_a_reward_model_with_a_shorter_context_leaves_less_room(tmp_path):
+@pytest.mark.parametrize("which", ["reward model", "critic"])
+def test_a_reward_model_or_critic_with_a_shorter_context_leaves_less_room(tmp_path, which):
     """A row of prompt and response goes through all models."""
     registry = stages(tmp_path)
     tokenizer = models.load_tokenizer(registry.require("sft", "tiny").path)
     config = GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=12, num_labels=1, pad_token_id=1)
     random_model(AutoModelForSequenceClassification, config).save_pretrained(tmp_path / "short")
     tokenizer.save_pretrained(tmp_path / "short")
-    changes = {"reward_model_path": [str(tmp_path / "short")], "critic_path": "tiny/rm/v1"}
+    scorers = [str(tmp_path / "short"), "tiny/rm/v1"]
+    reward_model, critic = scorers if which == "reward model" else scorers[::-1]
+    changes = {"reward_model_path": [reward_model], "critic_path": critic}
     with pytest.raises(RLHFError, match="leaves no room for a prompt in a context of 12 tokens"):
         ppo.run(ppo_args(tmp_path, response_length=12, **changes))
     trainer = trainer_of(ppo_args(tmp_path, response_length=6, **changes))

@@ -728,7 +728,7 @@ def test_batches_of_like_length_are_drawn_for_a_step_of_all_processes(processes,
         train_batch_size=size, gradient_accumulation_steps=2, world_size=processes, seed=3, data_seed=None
     )
     one = SimpleNamespace(args=SimpleNamespace(**vars(args) | {"train_batch_size": 16, "world_size": 1}))
-    lengths = [(7 * i) % 40 + 1 for i in range(150)]
+    lengths = [(7 * i) % 40 + 1 for i in range(500)]  # enough that the size of a step changes the order
     found, expected = (list(training.LikeLengths(t, lengths)) for t in (SimpleNamespace(args=args), one))
     assert found == expected
 
