@@ -730,3 +730,17 @@ def test_retries_are_logged_by_their_reason_alone(hub, registry, caplog):
     push(publish(registry), REPO)
     assert hub.token not in caplog.text
     assert [r.name for r in caplog.records if r.levelno >= logging.WARNING] == ["rlhf.hub_api"]
+
+
+def test_a_plan_follows_an_adapter_on_the_hub_to_its_base(hub, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    hub.repos["alice/lora"] = Repo(private=True)
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "facebook/opt-125m", "r": 8}
+    hub.repos["alice/lora"].add({"adapter_config.json": json.dumps(adapter).encode()})
+    words = ["--gpus", "1", "--gpu-memory", "80", "--stage", "sft", "--json"]
+    assert cli.main(["plan", "--model", "alice/lora", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert cli.main(["plan", "--model", "facebook/opt-125m", *words]) == 0
+    assert json.loads(capsys.readouterr().out) == found
+    assert cli.main(["plan", "--model", "alice/nothing", *words]) == 2
+    assert capsys.readouterr().err.startswith("error: no built-in shape or folder 'alice/nothing'")

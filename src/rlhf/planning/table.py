@@ -86,19 +86,32 @@ def job_of(args: argparse.Namespace) -> Job:
 
 
 def shape_of(model: str, root: str) -> Shape:
-    """The shape of a version, or of an adapter's base, or what `find` knows, for which torch need not be imported."""
+    """The shape of a version, of an adapter's base (on the Hub too), or what `find` knows, for which torch is not imported."""
     if os.path.exists(model):
         known = any(os.path.isfile(os.path.join(model, name)) for name in (MANIFEST, "adapter_config.json"))
     else:
         known = model.partition("/")[2].replace("@", "/").split("/")[0] in STAGES
     if not known:
-        return find(model)
+        try:
+            return find(model)
+        except PlanError:
+            base = model if os.path.exists(model) else _base_on_hub(model)
+            if base == model:
+                raise
+        return find(base)
     from rlhf.bases import start_of
     from rlhf.training import resolve
 
     path, artifact = resolve(Registry(root), model, "", "")
     shape = find(start_of(path).base.path)
     return shape if artifact is None else dataclasses.replace(shape, name=artifact.ref)
+
+
+def _base_on_hub(model: str) -> str:
+    """What an adapter on the Hub stands on; the model itself where it is none, or is not there."""
+    from rlhf.bases import start_of
+
+    return start_of(model).base.path
 
 
 def check_numbers(args: argparse.Namespace) -> None:
