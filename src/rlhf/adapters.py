@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import logging
 import sys
@@ -32,6 +33,16 @@ from rlhf.engine import gathered
 _log = logging.getLogger(__name__)
 TRAINED = "adapters.safetensors"  # of a training checkpoint: the weights that are trained
 HEADS = {"score", "lm_head", "embed_out"}
+OF_NEW_ADAPTERS = {  # options that say how one is made, by peft's names
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules",
+    "lora_target_parameters": "target_parameters",
+    "lora_modules_to_save": "modules_to_save",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}
 
 
 def settle_quantized(model: nn.Module) -> None:
@@ -67,11 +78,21 @@ def _autocast(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ..
 # ------------------------------------------------------------------------------------------------------- on the model
 
 
-def attach(model: Any, start: Start, args: Any, *, task: str, also: Sequence[str] = (), trainable: bool = True) -> Any:
+def attach(
+    model: Any,
+    start: Start,
+    args: Any,
+    *,
+    task: str,
+    also: Sequence[str] = (),
+    trainable: bool = True,
+    merge: bool = True,
+) -> Any:
     """The model with the adapter of `start` and as `args` ask: trained further, new, merged, or none.
 
-    args: None to use the model as it was published (quantised bases keep their adapter apart). task: CAUSAL_LM or SEQ_CLS. also:
-    modules that are trained whole beside the adapter. What is trained is `requires_grad`; the result of training is a PeftModel.
+    args: None to use the model as it was published, by `merge` with its adapter merged (kept apart all the same where the merged
+    weights would be another model). task: CAUSAL_LM or SEQ_CLS. also: modules that are trained whole beside the adapter. What is
+    trained is `requires_grad`; the result of training is a PeftModel.
     """
     settle_quantized(model)
     if args is not None and start.adapter and dict(start.quantization or {}) != quantization(args):
@@ -83,12 +104,18 @@ def attach(model: Any, start: Start, args: Any, *, task: str, also: Sequence[str
         if start.adapter is None:
             return model
         found = _continue(model, start, task, also, trainable=False)
-        if getattr(model, "is_quantized", False):
+        if args is None and (not merge or why_apart(found)):
             return found
+        if why := why_apart(found):
+            raise AdapterError(
+                f"the adapter in {start.adapter} cannot be merged to be trained: {why}; set use_peft: true"
+            )
         with gathered(found.parameters(), modify=True):
             return found.merge_and_unload().requires_grad_(True)
     if start.adapter is not None:
         found = _continue(model, start, task, also, trainable=trainable)
+        if trainable:
+            _tell_unused(found, args, start)
     elif trainable:
         found = _new(model, args, task, also)
     else:
@@ -99,6 +126,39 @@ def attach(model: Any, start: Start, args: Any, *, task: str, also: Sequence[str
     if trainable and args.gradient_checkpointing:
         model.enable_input_require_grads()  # the embeddings are frozen, and a checkpointed layer needs an input with a gradient
     return found
+
+
+def why_apart(model: Any) -> str:
+    """Why an adapter's weights cannot be added to its base's without making another model; "" where they can."""
+    base = plain(model)
+    if getattr(base, "is_quantized", False):
+        return "its base is quantised"
+    heads = (base.get_input_embeddings(), base.get_output_embeddings())
+    tied = None not in heads and getattr(base.config, "tie_word_embeddings", False)
+    if tied and any(hasattr(head, "get_delta_weight") for head in heads):
+        return "it is on an embedding that is tied to the other one, which would change too"
+    return ""
+
+
+def _tell_unused(model: Any, args: Any, start: Start) -> None:
+    """Says which options for a new adapter are not used, because the one that is trained further is another."""
+    config = model.peft_config["default"]
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    unused = []
+    for name, theirs in OF_NEW_ADAPTERS.items():
+        wanted, has = getattr(args, name), getattr(config, theirs)
+        if name == "lora_modules_to_save":  # head and norm are there by themselves
+            differs = not set(wanted or ()) <= set(has or ())
+        elif wanted == ["all-linear"]:
+            differs = bool(set(linear_modules(model)) - {"base_layer", "default", "original_module"})
+        else:
+            differs = wanted != defaults[name] and _unordered(wanted) != _unordered(has)
+        if differs:
+            unused.append(name)
+    if unused:
+        _log.warning(
+            "the adapter in %s is trained further as it was made, without %s", start.adapter, ", ".join(unused)
+        )
 
 
 def _new(model: Any, args: Any, task: str, also: Sequence[str]) -> Any:
@@ -145,6 +205,10 @@ def _continue(model: Any, start: Start, task: str, also: Sequence[str], trainabl
             f"cannot load the adapter in {start.adapter}: {' '.join(str(error).split())[:200]}"
         ) from None
     saved = list(dict.fromkeys([*also, *(config.modules_to_save or [])])) or None
+    if task == "SEQ_CLS" and saved:  # the unembedding that an SFT adapter brings goes, as a base's does
+        gone = [name for name in saved if name in HEADS - {"score"}]
+        saved = [name for name in saved if name not in gone]
+        weights = {name: w for name, w in weights.items() if not any(f".{head}." in name for head in gone)}
     config.task_type, config.modules_to_save, config.inference_mode = TaskType(task), saved, False
     try:
         found = _inject(model, config)
@@ -183,7 +247,7 @@ def _train_in_float32(model: nn.Module) -> None:
 def _in_own_dtype(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """What goes into a module that is trained whole, in its own dtype: float32, or what DeepSpeed has made of it meanwhile."""
     dtype = next(module.parameters()).dtype
-    return tuple(x.to(dtype) for x in inputs)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
 
 
 def linear_modules(model: nn.Module) -> list[str]:
@@ -223,8 +287,13 @@ def check_modules(model: Any, args: Any) -> None:
                 f"{there}; modules go to lora_target_modules"
             )
     for wanted in args.lora_modules_to_save or ():
-        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+        found = [m for name, m in names.items() if name == wanted or name.endswith(f".{wanted}")]
+        if not found:
             raise AdapterError(f"lora_modules_to_save: {type(model).__name__} has no module {wanted!r}")
+        if any(not p.is_floating_point() or hasattr(p, "quant_state") for m in found for p in m.parameters()):
+            raise AdapterError(
+                f"lora_modules_to_save: {wanted} is quantised, and weights of so few bits cannot be trained; leave it out"
+            )
         tied = model.get_output_embeddings() is not None and getattr(model.config, "tie_word_embeddings", False)
         heads = (model.get_input_embeddings(), model.get_output_embeddings())
         if tied and any(m in heads for name, m in names.items() if name.endswith(wanted)):
@@ -250,9 +319,21 @@ def trained(module: Any) -> Any:
 
 
 def effective_weight(layer: Any) -> Tensor:
-    """The weight [out, in] of a linear layer with its adapter's share."""
-    weight: Tensor = layer.weight.detach().float()
-    return weight + layer.get_delta_weight("default").detach().float() if hasattr(layer, "get_delta_weight") else weight
+    """The weight [out, in] of a linear layer as it acts: unpacked where it is quantised, with its adapter's share."""
+    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    weight: Tensor = base.weight.detach()
+    if hasattr(base.weight, "quant_state") or hasattr(base, "state"):
+        from peft.utils.integrations import dequantize_module_weight
+
+        weight = dequantize_module_weight(base).detach()
+    weight = weight.float()
+    if not hasattr(layer, "get_delta_weight"):
+        return weight
+    weight = weight + layer.get_delta_weight("default").detach().float()
+    magnitude = getattr(layer, "lora_magnitude_vector", {})
+    if "default" in magnitude:  # DoRA: rows of this length (Liu et al. 2024, eq. 5)
+        weight = weight * (magnitude["default"].weight.detach().float() / weight.norm(dim=1))[:, None]
+    return weight
 
 
 @contextlib.contextmanager
@@ -361,7 +442,8 @@ def describe(model: Any) -> str:
     """An adapter in a line."""
     config = model.peft_config["default"]
     size, everything = model.get_nb_trainable_parameters()
-    targets = sorted({name.rpartition(".")[2] for name in config.target_modules})
+    targets = sorted({name.rpartition(".")[2] for name in (config.target_modules or ())})
+    targets += config.target_parameters or []
     return (
         f"LoRA of rank {config.r} on {', '.join(targets)} of {model.started_from.name}: "
         f"{size:,} of {everything:,} weights are trained"

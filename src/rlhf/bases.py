@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -19,7 +20,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from rlhf import RLHFError
 from rlhf.launch import launched_with
-from rlhf.manifest import MANIFEST, file_sha256, weights_sha256
+from rlhf.manifest import MANIFEST, WEIGHT_FILES, file_sha256, weight_files, weights_sha256
 from rlhf.registry import Artifact, Registry, RegistryError, read_manifest
 
 CONFIG = "adapter_config.json"
@@ -90,12 +91,28 @@ def start_of(path: str | Path, revision: str | None = None) -> Start:
             raise AdapterError(f"{folder / CONFIG} names no base model; set base_model_name_or_path")
         return Start(Base(name, config.get("revision"), _artifact(Path(name))), folder)
     base = _find_base(folder, recorded)
+    if Path(base.path).is_absolute() and not Path(base.path).exists():
+        raise AdapterError(f"{folder} is an adapter on {base.path}, which is not there; restore that folder")
     if base.sha256 != recorded["sha256"]:
         raise AdapterError(
             f"{folder} is an adapter on other weights than {base.name} holds now (sha256 {recorded['sha256'][:12]}, there "
             f"{base.sha256[:12]}); restore that base, or train the adapter again"
         )
     return Start(base, folder, recorded.get("quantization") or {}, recorded.get("reward_bias", 0.0))
+
+
+def fingerprint_of_model(path: str, revision: str | None = None) -> str:
+    """What a folder or Hub id that is no version holds now, its adapter too, to tell it from another later."""
+    start = start_of(path, revision)
+    base = start.base.pinned()
+    at = (
+        base.revision if base.artifact is None and not Path(base.path).exists() else None
+    )  # a commit stands for its weights
+    told = f"{base.name} {(at or base.sha256)[:12]}"
+    if start.adapter is None:
+        return told
+    files = {file.name: {"sha256": file_sha256(file)} for file in start.adapter.glob("adapter_model.*")}
+    return f"{start.adapter} {weights_sha256(files)[:12]} on {told}"
 
 
 def _adapter_folder(path: str | Path, revision: str | None) -> Path | None:
@@ -155,12 +172,9 @@ def _find_base(folder: Path, recorded: Mapping[str, Any]) -> Base:
 
 def _weight_files(base: Base) -> list[Path]:
     """The files that transformers loads the base's weights from."""
-    for name in (
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "pytorch_model.bin",
-        "pytorch_model.bin.index.json",
-    ):
+    with contextlib.suppress(OSError):
+        return weight_files(Path(base.path))
+    for name in WEIGHT_FILES:
         try:
             found = cached_file(base.path, name, revision=base.revision, _raise_exceptions_for_missing_entries=False)
         except (OSError, ValueError):
@@ -171,7 +185,7 @@ def _weight_files(base: Base) -> list[Path]:
         if found:
             return [Path(found)]
     raise AdapterError(
-        f"cannot find the weights of {base.path} to record their sha256; give a folder or Hub id that has them"
+        f"cannot find the weights of {base.path}, which adapters stand on; restore them, or give another base"
     )
 
 

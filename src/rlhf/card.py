@@ -235,16 +235,29 @@ def _section(title: str, body: str) -> str:
 
 
 def _loading(facts: Facts) -> str:
-    """By plain transformers. Of an adapter it reads the base from `adapter_config.json`: a Hub id, or a version's folder."""
+    """By plain transformers, or an adapter by plain peft, which reads the base from `adapter_config.json`: a Hub id or a folder.
+
+    transformers loads adapters too, but not DoRA's magnitudes, and without the rows that the tokenizer added.
+    """
     hub_id, reward = facts.config.get("hub_model_id"), facts.stage == "rm"
     name = hub_id or "user/name"
-    auto = "AutoModelForSequenceClassification" if reward else "AutoModelForCausalLM"
-    labels = ", num_labels=1" if facts.is_adapter and reward else ""
-    lines = [
-        f"from transformers import {auto}, AutoTokenizer",
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        f'model = {auto}.from_pretrained("{name}"{labels})',
-    ]
+    task = "ForSequenceClassification" if reward else "ForCausalLM"
+    if facts.is_adapter:
+        labels = ", num_labels=1" if reward else ""
+        lines = [
+            f"from peft import AutoPeftModel{task}",
+            "from transformers import AutoTokenizer",
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+            f'model = AutoPeftModel{task}.from_pretrained("{name}"{labels}).eval()',
+        ]
+        if reward:  # the config is the base's
+            lines.append("model.config.pad_token_id = tokenizer.pad_token_id")
+    else:
+        lines = [
+            f"from transformers import AutoModel{task}, AutoTokenizer",
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+            f'model = AutoModel{task}.from_pretrained("{name}")',
+        ]
     parts = ["With `peft` installed:"] if facts.is_adapter else []
     parts.append(_fence("\n".join(lines), "python"))
     if reward:

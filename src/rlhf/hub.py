@@ -26,7 +26,7 @@ from huggingface_hub.utils import validate_repo_id
 from rlhf import card
 from rlhf.hub_api import OWN, TOKENS, HubError, Remote, Repository, one_line
 from rlhf.manifest import MANIFEST, HashMismatch, RegistryError, TornArtifact, is_weights
-from rlhf.registry import Artifact, Registry
+from rlhf.registry import Artifact, Registry, identity
 
 __all__ = ["HubError", "Pushed", "check_ready", "check_repo_id", "command", "plan", "pull", "push", "tag_of"]
 
@@ -85,9 +85,11 @@ def push(artifact: Artifact, repo_id: str, *, private: bool = True, force: bool 
     tag, other = tag_of(artifact), _what_else(artifact, remote)
     if tag in hub.call(hub.tags) and other is None:
         tagged = hub.call(lambda: hub.look(tag))
-        if tagged is not None and tagged.manifest == artifact.manifest == remote.manifest:
+        there = None if tagged is None else tagged.manifest
+        same = there is not None and identity(there) == identity(artifact.manifest)
+        if tagged is not None and same and there == remote.manifest:
             return Pushed(hub.url, tag, tagged.commit, remote.private, changed=False)
-        if not force and (tagged is None or tagged.manifest != artifact.manifest):
+        if not force and not same:
             other = f"has a tag {tag}, of another version {artifact.version} than {artifact.ref}"
     if other is not None and not force:
         raise HubError(f"{repo_id} {other}: choose another name, or replace it with --force")

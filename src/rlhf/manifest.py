@@ -5,6 +5,7 @@ The registry keeps the versions; this module only looks at one folder. Standard 
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -213,6 +214,26 @@ def weights_sha256(files: Mapping[str, Mapping[str, Any]]) -> str:
     """The hash of all weight files together, from the names and hashes of files."""
     pairs = [[name, files[name]["sha256"]] for name in sorted(files) if is_weights(name)]
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers loads a folder's weights from. Raises FileNotFoundError where there are none."""
+    for name in WEIGHT_FILES:
+        path = folder / name
+        if path.is_file() and name.endswith(".index.json"):
+            shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+            return [folder / shard for shard in sorted(set(shards))]
+        if path.is_file():
+            return [path]
+    raise FileNotFoundError(errno.ENOENT, "no weights", str(folder))
 
 
 def list_files(folder: Path) -> list[str]:

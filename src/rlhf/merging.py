@@ -24,7 +24,8 @@ def run(args: argparse.Namespace) -> None:
 def merge(registry: Registry, ref: str) -> Artifact:
     """Publishes the merged weights of an adapter (a ppo version's critic and average too) as the next version of its stage.
 
-    Raises RegistryError for a version that is no adapter or lies in another registry, and for one whose base was quantised.
+    They are float32: in 16 bits most of what an adapter adds would be rounded away. Raises RegistryError for a version that is no
+    adapter or lies in another registry, and for one whose merged weights would be another model.
     """
     artifact = registry.own(registry.get(ref))
     if not artifact.adapters:
@@ -45,7 +46,7 @@ def merge(registry: Registry, ref: str) -> Artifact:
         facts: dict[str, Any] = {
             "parents": [artifact],
             "base_model": manifest.get("base_model"),
-            "config": manifest["config"],
+            "config": {**manifest["config"], "push_to_hub": False, "hub_model_id": None},  # that is the adapter
             "data": manifest["data"],
             "metrics": manifest["metrics"],
             "extra": {**manifest.get("extra", {}), "merged_from": artifact.ref},
@@ -60,6 +61,7 @@ def _left_out(folder: str, names: list[str]) -> set[str]:
 
 
 def _save_merged(artifact: Artifact, part: str, target: Path) -> None:
+    from rlhf import adapters
     from rlhf.models import load_policy, load_scalar_model, load_tokenizer, quiet
 
     tokenizer = load_tokenizer(artifact.path)
@@ -70,9 +72,13 @@ def _save_merged(artifact: Artifact, part: str, target: Path) -> None:
         tokenizer,
         dtype=config.get("dtype", "float32"),
         trust_remote_code=config.get("trust_remote_code", False),
+        merge=False,
     )
+    if why := adapters.why_apart(model):
+        raise RegistryError(f"{artifact.ref} cannot be merged: {why}; use it as an adapter")
+    merged = model.float().merge_and_unload()  # on the base as it was rounded to be trained on
     with quiet(), _writing(target):
-        model.save_pretrained(target / part)
+        merged.save_pretrained(target / part)
 
 
 @contextlib.contextmanager

@@ -83,12 +83,13 @@ def load_policy(
     resid_pdrop: float | None = None,
     peft: Any = None,
     trainable: bool = True,
+    merge: bool = True,
     bases: Held | None = None,
 ) -> Any:
     """A causal LM whose embeddings hold every token of `tokenizer`; `resid_pdrop` replaces its residual dropout.
 
     peft: the stage's arguments, where they say what is trained (`adapters.attach`); without them an adapter is merged into its
-    base. bases: what other models have loaded; the weights are then theirs.
+    base, or by merge=False kept apart. bases: what other models have loaded; the weights are then theirs.
     """
     start = start_of(path, revision)
     if start.has_head:
@@ -100,7 +101,7 @@ def load_policy(
         )
         _set_dropout(config, resid_pdrop)
         model, _ = _load_base(AutoModelForCausalLM, start, config, how, tokenizer, peft, bases)
-    return adapters.attach(model, start, peft, task="CAUSAL_LM", trainable=trainable)
+    return adapters.attach(model, start, peft, task="CAUSAL_LM", trainable=trainable, merge=merge)
 
 
 def load_scalar_model(
@@ -114,14 +115,15 @@ def load_scalar_model(
     resid_pdrop: float = 0.0,
     peft: Any = None,
     trainable: bool = True,
+    merge: bool = True,
     bases: Held | None = None,
 ) -> Any:
     """A model with one number a position: `score(last hidden state)`, by transformers' sequence-classification classes.
 
     new_head: the checkpoint is a causal LM, whose unembedding is replaced by a head with weight N(0, 1/sqrt(d + 1)) (Stiennon et
     al. 2020; InstructGPT C.2). Otherwise the checkpoint must bring its head. Dropout is off: a reward has one value. resid_pdrop:
-    the residual dropout in training mode, which the config, and so a published version, does not have. peft, trainable, bases: as
-    of load_policy; head and last norm are trained whole beside an adapter.
+    the residual dropout in training mode, which the config, and so a published version, does not have. peft, trainable, merge,
+    bases: as of load_policy; head and last norm are trained whole beside an adapter.
     """
     start = start_of(path)
     how = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
@@ -148,7 +150,8 @@ def load_scalar_model(
             model.config.reward_bias = 0.0
     elif start.reward_bias:
         model.config.reward_bias = start.reward_bias
-    return adapters.attach(model, start, peft, task="SEQ_CLS", also=_head_modules(model), trainable=trainable)
+    also = _head_modules(model)
+    return adapters.attach(model, start, peft, task="SEQ_CLS", also=also, trainable=trainable, merge=merge)
 
 
 def _load_base(

@@ -36,7 +36,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from rlhf import RLHFError, adapters, diagnosis, objectives
 from rlhf.actors import ActorCritic, critic_source, distinct, load_models, refuse_other_tokenizers, reward_sources
-from rlhf.bases import check_optimizer, keep_embeddings_precise
+from rlhf.bases import check_optimizer, fingerprint_of_model, keep_embeddings_precise
 from rlhf.config import PPOArgs, to_dict
 from rlhf.data import fingerprint
 from rlhf.data.encode import blocks, encode_prompts
@@ -99,6 +99,9 @@ def run(args: PPOArgs) -> Artifact | None:
         pretraining = load_pretraining(args, tokenizer, actors.policy, data)
         models = {"sft_model_path": (sft_path, sft), "critic_path": (critic_path, critic)}
         models |= {f"reward_model_path {i}": source for i, source in enumerate(sources, start=1)}
+        # What is no version has to hold the same weights: no checkpoint has the reference, the reward models, bases of adapters.
+        weights = {path: fingerprint_of_model(path) for path in {path for path, a in models.values() if a is None}}
+        models = {name: (weights.get(path, path), a) for name, (path, a) in models.items()}
         pin_inputs(work, resume, models, data, any_processes=True)
         refuse_other_architecture(model, resume)
         trainer = PPO(args, accelerator, model, make_optimizer(model), actors, prompts, pretraining)

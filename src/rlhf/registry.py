@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from rlhf.manifest import (
     plain,
     provenance,
     tokenizer_sha256,
+    weight_files,
     weights_sha256,
     write_json,
 )
@@ -204,7 +206,7 @@ class Registry:
     def twin(self, manifest: Mapping[str, Any], run: str | None = None) -> Artifact | None:
         """The version of this registry that a manifest from elsewhere describes, whatever its number is here."""
         for artifact in self.scan(manifest["run"] if run is None else run, manifest["stage"], on_error=_ignore):
-            if _identity(artifact.manifest) == _identity(manifest):
+            if identity(artifact.manifest) == identity(manifest):
                 return artifact
         return None
 
@@ -272,7 +274,7 @@ class Registry:
         """Every file's hash, no file more or less, the parents' weights and the tokenizer; raises naming what is wrong.
 
         A parent that is not at hand (pulled without it) is not an error: `lineage` shows it as missing. The base of an adapter
-        has to be there.
+        has to be there, be it a version or a folder; one on the Hub is checked when it is loaded.
         """
         artifact = self._resolve(artifact_or_ref)
         recorded, found = set(artifact.manifest["files"]), set(list_files(artifact.path))
@@ -284,6 +286,7 @@ class Registry:
                 raise HashMismatch(f"{artifact.ref} was trained from other weights than {parent.path} holds now")
         for recorded_base in artifact.adapters.values():
             if recorded_base["kind"] != "artifact":
+                _check_folder(artifact, recorded_base)
                 continue
             try:
                 base = Registry(artifact.root).base_of(recorded_base)
@@ -428,7 +431,10 @@ class Registry:
                     continue
                 except (OSError, ValueError, AttributeError, RecursionError) as error:
                     raise RegistryError(f"cannot read {path} ({error}); mend it or remove {path.parent}") from error
-                yield from ((words[0], words[1]) for words in told if len(words) == 2)
+                for (
+                    words
+                ) in told:  # a version and its hash are neighbours, the base of an adapter that is no version too
+                    yield from pairwise(words)
 
     def _ref_here(self, entry: Mapping[str, Any]) -> str:
         """What a parent or base is called here, which its record need not know if it was pulled before that."""
@@ -682,7 +688,22 @@ def _check_copy(folder: Path, manifest: dict[str, Any]) -> dict[str, dict[str, A
     return found
 
 
-def _identity(manifest: Mapping[str, Any]) -> Any:
+def _check_folder(artifact: Artifact, base: Mapping[str, Any]) -> None:
+    """Raises where an adapter's base was a folder, and is gone or holds other weights now."""
+    folder = Path(base["ref"])
+    if not folder.is_absolute():
+        return  # a Hub id
+    try:
+        found = weights_sha256({path.name: {"sha256": file_sha256(path)} for path in weight_files(folder)})
+    except OSError as error:
+        raise TornArtifact(
+            f"{artifact.ref} is an adapter on {folder}, which is not there ({error.strerror or error}); restore that folder"
+        ) from error
+    if found != base["sha256"]:
+        raise HashMismatch(f"{artifact.ref} is an adapter on other weights than {folder} holds now")
+
+
+def identity(manifest: Mapping[str, Any]) -> Any:
     """What makes two manifests those of one version, under whatever name and number, and with whatever card."""
     files = {name: entry["sha256"] for name, entry in manifest["files"].items() if not name.endswith(".md")}
     return manifest["stage"], manifest["created"], files

@@ -27,6 +27,7 @@ from torch.utils.data import SequentialSampler
 from transformers import EarlyStoppingCallback, Trainer, set_seed
 
 from rlhf import adapters, reward_report, shared_prompt
+from rlhf.bases import fingerprint_of_model
 from rlhf.config import RewardArgs
 from rlhf.data import fingerprint, load
 from rlhf.data.encode import batches, encode_completions, encode_prompts, pad
@@ -104,7 +105,8 @@ def run(args: RewardArgs) -> Artifact | None:
         trainer = new_trainer(args, training_args, model, tokenizer, train, evaluation)
         prepare_trainer(trainer, args.optim)
         data = [fingerprint(comparisons)]
-        pin_inputs(work, resume, {"model_name_or_path": (path, sft)}, data)
+        origin = fingerprint_of_model(path) if args.use_peft and sft is None else path
+        pin_inputs(work, resume, {"model_name_or_path": (origin, sft)}, data)
         refuse_other_architecture(model, resume)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         heads = mean_of_heads(trainer)

@@ -21,7 +21,7 @@ from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from rlhf import adapters
-from rlhf.bases import start_of
+from rlhf.bases import fingerprint_of_model, start_of
 from rlhf.config import SFTArgs
 from rlhf.data import fingerprint
 from rlhf.data.encode import blocks, encode_demonstrations, encode_prompts
@@ -107,7 +107,8 @@ def run(args: SFTArgs) -> Artifact | None:
         if chooser is not None:
             chooser.trainer = trainer
             trainer.add_callback(chooser)
-        pin_inputs(work, resume, {"model_name_or_path": (path, base)} | judge, data)
+        origin = fingerprint_of_model(path, args.model_revision) if args.use_peft and base is None else path
+        pin_inputs(work, resume, {"model_name_or_path": (origin, base)} | judge, data)
         refuse_other_architecture(model, resume)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         metrics: dict[str, Any] = {"demonstrations": len(demonstrations), "training_examples": len(train)}

@@ -34,7 +34,7 @@ from rlhf.data import load, split_by_key
 from rlhf.engine import state_dict
 from rlhf.launch import launched_with, strategy_of_launch
 from rlhf.models import quiet
-from rlhf.registry import INPUTS, Artifact, Registry
+from rlhf.registry import INPUTS, Artifact, MissingStage, Registry
 
 COMPLETE = "complete"  # marker file of a checkpoint, written last: one without it is torn and is never resumed from
 REFERENCE = r"[^/]+/(base|sft|rm|ppo)(/v\d+|@[^/]+)?"
@@ -247,9 +247,15 @@ def resolve(registry: Registry, path: str | None, run: str, stage: str) -> tuple
             is_version, exists = (Path(path) / "stage.json").is_file(), Path(path).exists()
         except OSError as error:
             raise TrainingError(f"cannot read {path[:300]}: {error.strerror}; give another path") from error
+        if exists and not is_version and (Path(path).parent / "stage.json").is_file() and Path(path).name == "ema":
+            return path, registry.get(Path(path).parent)  # the average of a version's weights
         if not is_version and (exists or not re.fullmatch(REFERENCE, path)):
             return path, None
-        artifact = registry.get(path)
+        try:
+            artifact = registry.get(path)
+        except MissingStage as error:
+            hint = "" if path.count("/") > 1 or "@" in path else f"; a Hub model of that name: rlhf pull {path}"
+            raise MissingStage(f"{error}{hint}") from None
     return str(artifact.path), artifact
 
 
@@ -473,11 +479,11 @@ def pin_inputs(
 ) -> None:
     """Writes down what a run is trained from, and refuses to resume it from anything else: a newer version, other records.
 
-    models: by the option that names them, where they were loaded from and the version that is; data: fingerprints.
-    any_processes: the number of processes changes nothing; checkpoints of DeepSpeed and FSDP are read by as many as wrote them,
-    under the same strategy.
+    models: by the option that names them, where they were loaded from and the version that is, or, where a checkpoint does not
+    hold all of it, its `fingerprint_of_model`; data: fingerprints. any_processes: the number of processes changes nothing;
+    checkpoints of DeepSpeed and FSDP are read by as many as wrote them, under the same strategy.
     """
-    now = {name: f"{a.ref} {a.weights_sha256[:12]}" if a else path for name, (path, a) in models.items()}
+    now = {name: path if a is None else _told(a, path) for name, (path, a) in models.items()}
     strategy = strategy_of_launch()
     whole = strategy in ("single", "ddp")
     now["launch"] = "whole weights" if whole else f"under {strategy}"
@@ -506,6 +512,12 @@ def pin_inputs(
             f"cannot resume from {resume}, which was trained from something else: {told}; give what it was trained from, or "
             "start anew without --resume_from_checkpoint"
         )
+
+
+def _told(artifact: Artifact, path: str) -> str:
+    """A version, or the average in it, as `Registry.prunable` reads it."""
+    part = Path(path).name
+    return f"{artifact.ref} {artifact.weights_sha256[:12]}" + ("" if part == artifact.path.name else f" {part}")
 
 
 def refuse_other_architecture(model: Any, checkpoint: Path | None) -> None:
