@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from conftest import EOS, byte_level, random_model
+from conftest import EOS, byte_level, configuration, random_model
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from test_ppo import RULE, gradient_of_update, interrupt_after, ppo_args
+from test_ppo import RULE, gradient_of_update, interrupt_after, ppo_args, stages
 from torch.testing import assert_close
 from transformers import (
     AutoConfig,
@@ -193,6 +193,51 @@ def test_demonstrations_score_zero_by_plain_peft(tmp_path, architecture):
     assert tiny.scores(model, [p + c for p, c in pairs]).mean().item() == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("changes", "near"),
+    [
+        ({}, 1e-5),
+        (QUANTISED["4-bit"], 1e-5),
+        (QUANTISED["8-bit"], 0.05),  # its products are rounded, activations and all
+        ({"use_dora": True, "lora_target_modules": ["all-linear"]}, 1e-5),
+        (QUANTISED["4-bit"] | {"use_dora": True, "lora_target_modules": ["all-linear"]}, 1e-5),
+    ],
+    ids=["plain", "4-bit", "8-bit", "dora", "4-bit-dora"],
+)
+def test_demonstrations_score_zero_where_the_head_reads_a_projection(tmp_path, checkpoints, changes, near):
+    """OPT-350m's shape: what is added to the last norm's bias goes through a projection, quantised or adapted."""
+    args = tiny.reward_args(
+        tmp_path,
+        tiny.comparisons(6),
+        model_name_or_path=str(checkpoints["opt-350m"]),
+        learning_rate=1e-2,
+        **LORA | {"lora_dropout": 0.0} | changes,
+    )
+    metrics = reward.run(args).manifest["metrics"]
+    assert metrics["bias_kept_in"] == "the last norm's bias" and abs(metrics["bias"]) > 0.1
+    assert metrics["demonstrations_mean"] == pytest.approx(0, abs=near)
+
+
+@pytest.mark.parametrize("changes", [{"use_dora": True}, {}], ids=["dora", "lora"])
+def test_a_card_loads_an_adapter_whose_base_pads_with_eos(tmp_path, changes):
+    """transformers takes PAD from the base's config, and DoRA's magnitudes not at all."""
+    tokenizer = byte_level([EOS], eos_token=EOS, bos_token=EOS, pad_token=EOS)
+    config = configuration("gpt2", len(tokenizer))
+    config.pad_token_id = config.eos_token_id
+    random_model(AutoModelForCausalLM, config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    lora = LORA | changes | {"learning_rate": 1e-2, "model_name_or_path": str(tmp_path / "base")}
+    trained = sft.run(tiny.sft_args(tmp_path, **lora))
+    own = models.load_tokenizer(trained.path)
+    ours = logits(models.load_policy(trained.path, own).eval())
+    assert_close(words(own, logits(by_its_card(trained)["model"])), words(own, ours), rtol=0, atol=1e-5)
+    artifact = reward.run(tiny.reward_args(tmp_path, **lora))
+    scorer = models.load_scalar_model(artifact.path, own).eval()
+    row = own("Feed 1: geese" + own.eos_token)["input_ids"]
+    by_card = by_its_card(artifact, prompt="Feed 1:", answer=" geese")
+    assert by_card["reward"].item() == pytest.approx(tiny.scores(scorer, [row]).item(), abs=1e-5)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_reward_model_starts_from_the_sft_adapter(chains, architecture):
     registry = chains[architecture]
@@ -210,6 +255,65 @@ def test_a_reward_model_starts_from_the_sft_adapter(chains, architecture):
     with torch.no_grad():
         assert_close(models.hidden_states(whole, ids, torch.ones_like(ids)), theirs, rtol=0, atol=1e-5)
     assert all(p.requires_grad for p in whole.parameters())
+
+
+@pytest.mark.parametrize("lora", [LORA, {}], ids=["adapter", "whole"])
+def test_a_reward_model_starts_from_an_sft_adapter_that_brings_an_unembedding(tmp_path, opt_tokenizer, lora):
+    """Trained whole beside the adapter; it goes, as the unembedding of whole weights does."""
+    config = configuration("opt", len(opt_tokenizer))
+    config.tie_word_embeddings = False
+    random_model(AutoModelForCausalLM, config).save_pretrained(tmp_path / "base")
+    opt_tokenizer.save_pretrained(tmp_path / "base")
+    saved = {"lora_modules_to_save": ["lm_head"], "model_name_or_path": str(tmp_path / "base")}
+    trained = sft.run(tiny.sft_args(tmp_path, **LORA | saved))
+    assert any("lm_head" in name for name in load_file(trained.path / "adapter_model.safetensors"))
+    artifact = reward.run(tiny.reward_args(tmp_path, **lora))
+    assert bool(artifact.adapters) == bool(lora)
+    assert not any("lm_head" in name for file in artifact.path.glob("*.safetensors") for name in load_file(file))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "module"), [("gpt2", "wpe"), ("opt", "embed_positions"), ("opt", "embed_tokens")]
+)
+def test_embeddings_are_trained_whole_beside_an_adapter_on_a_16_bit_base(tmp_path, checkpoints, architecture, module):
+    base = shutil.copytree(checkpoints[architecture], tmp_path / "base")
+    if module == "embed_tokens":  # a tied one is refused
+        config = json.loads((base / "config.json").read_text()) | {"tie_word_embeddings": False}
+        (base / "config.json").write_text(json.dumps(config))
+        model = AutoModelForCausalLM.from_pretrained(checkpoints[architecture])
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+        model.save_pretrained(base)
+    changes = LORA | {"dtype": "bfloat16", "lora_modules_to_save": [module], "model_name_or_path": str(base)}
+    artifact = sft.run(tiny.sft_args(tmp_path, **changes | {"learning_rate": 1e-2}))
+    (name,) = [n for n in load_file(artifact.path / "adapter_model.safetensors") if module in n]
+    found = load_file(artifact.path / "adapter_model.safetensors")[name]
+    start = load_file(base / "model.safetensors")[name.removeprefix("base_model.model.")]
+    assert found.dtype == torch.float32 and 1e-4 < (found - start).abs().max() < 0.5
+
+
+def test_options_for_a_new_adapter_that_are_not_used_are_told(tmp_path, chains, caplog):
+    published_chain(tmp_path, chains)
+    reward.run(tiny.reward_args(tmp_path, **LORA))
+    assert "is trained further as it was made" not in caplog.text
+    other = {"use_dora": True, "lora_r": 8, "lora_target_modules": ["c_fc"], "lora_modules_to_save": ["wpe"]}
+    reward.run(tiny.reward_args(tmp_path, **LORA | other))
+    said = "trained further as it was made, without lora_r, lora_target_modules, lora_modules_to_save, use_dora"
+    assert said in caplog.text
+    caplog.clear()
+    reward.run(tiny.reward_args(tmp_path, **LORA | {"lora_target_modules": ["all-linear"]}))
+    assert "trained further as it was made, without lora_target_modules\n" in caplog.text
+
+
+def test_a_run_from_an_average_knows_the_version_that_it_is_of(tmp_path, chains):
+    registry = published_chain(tmp_path, chains)
+    first = ppo.run(ppo_args(tmp_path, ema_decay=0.5, **LORA))
+    args = ppo_args(tmp_path, sft_model_path=str(first.path / "ema"), **LORA)
+    second = ppo.run(args)
+    assert [parent["ref"] for parent in second.parents] == [first.ref, "tiny/rm/v1"]
+    start = load_file(first.path / "ema" / "adapter_model.safetensors")
+    assert start.keys() == load_file(second.path / "adapter_model.safetensors").keys()
+    assert registry.lineage(second).parents[0].artifact == first
 
 
 def test_rlhf_eval_reads_an_adapter_that_early_stopping_chose(tmp_path, chains, capsys):
@@ -332,7 +436,7 @@ def mixture(tmp_path, tokenizer):
     return str(tmp_path / "mixture")
 
 
-def test_every_stage_adapts_the_experts_of_a_mixture(tmp_path, tokenizer):
+def test_every_stage_adapts_the_experts_of_a_mixture(tmp_path, tokenizer, capsys):
     """The weights of experts are no linear modules: they are named as parameters, beside modules or alone."""
     experts = ["experts.gate_up_proj", "experts.down_proj"]
     lora = LORA | {"lora_dropout": 0.0, "lora_target_parameters": experts}
@@ -343,7 +447,9 @@ def test_every_stage_adapts_the_experts_of_a_mixture(tmp_path, tokenizer):
     config = json.loads((trained.path / "adapter_config.json").read_text())
     assert set(config["target_parameters"]) == set(experts)
     reward.run(tiny.reward_args(tmp_path, **lora))
+    capsys.readouterr()
     policy = ppo.run(ppo_args(tmp_path, **lora))
+    assert "LoRA of rank 4 on q_proj, experts.down_proj, experts.gate_up_proj of" in capsys.readouterr().err
     start, last = (load_file(a.path / "adapter_model.safetensors") for a in (trained, policy))
     assert all(not torch.equal(start[name], last[name]) for name in start if "lora_B" in name)
     ours = logits(models.load_policy(policy.path, models.load_tokenizer(policy.path)).eval())
@@ -378,6 +484,52 @@ def test_merged_weights_are_the_adapters(tmp_path, chains, architecture, capsys)
                 assert_close(logits(plain), words_of(plain, logits(apart)), rtol=0, atol=1e-5)
     assert "library_name: transformers" in (whole.path / "README.md").read_text()
     assert (whole.path / "metrics.jsonl").is_file() and whole.manifest["metrics"] == adapter.manifest["metrics"]
+
+
+def test_adapters_on_a_16_bit_base_are_merged_in_float32(tmp_path, checkpoints):
+    """Rounded to bfloat16 most of what an adapter adds to a weight is lost."""
+    changes = {"model_name_or_path": str(checkpoints["opt"]), "dtype": "bfloat16", "hub_model_id": "alice/lora"}
+    sft.run(tiny.sft_args(tmp_path, **changes, **LORA))
+    registry = Registry(tmp_path / "runs")
+    adapter, whole = registry.get("tiny/sft"), merging.merge(registry, "tiny/sft")
+    assert (
+        adapter.manifest["config"]["hub_model_id"] == "alice/lora"
+        and "alice/lora" in (adapter.path / "README.md").read_text()
+    )
+    assert (
+        whole.manifest["config"]["hub_model_id"] is None and "alice/lora" not in (whole.path / "README.md").read_text()
+    )
+    config = json.loads((adapter.path / "adapter_config.json").read_text())
+    base = load_file(checkpoints["opt"] / "model.safetensors")
+    saved = load_file(adapter.path / "adapter_model.safetensors")
+    found = load_file(whole.path / "model.safetensors")
+    name = "model.decoder.layers.0.self_attn.q_proj"
+    down, up = (saved[f"base_model.model.{name}.lora_{which}.weight"] for which in "AB")
+    share = up @ down * config["lora_alpha"] / config["r"]
+    assert_close(found[f"{name}.weight"], base[f"{name}.weight"].bfloat16().float() + share, rtol=0, atol=1e-7)
+    assert not torch.equal(found[f"{name}.weight"], found[f"{name}.weight"].bfloat16().float())
+
+
+def test_an_adapter_on_a_tied_embedding_is_kept_apart(tmp_path, checkpoints, tokenizer):
+    """Of plain peft. Added to the one weight it would change the unembedding too."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_pretrained(checkpoints["gpt2"])
+    plain = get_peft_model(plain, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["c_attn", "wte"])).eval()
+    with torch.no_grad():
+        for weight in (p for p in plain.parameters() if p.requires_grad):
+            weight += 0.05 * torch.randn(weight.shape)
+    plain.save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    ours = models.load_policy(tmp_path / "plain", models.load_tokenizer(tmp_path / "plain")).eval()
+    assert_close(words(tokenizer, logits(ours)), words(tokenizer, logits(plain)), rtol=0, atol=1e-5)
+    start = {"model_name_or_path": str(tmp_path / "plain")}
+    with pytest.raises(RLHFError, match="cannot be merged to be trained: it is on an embedding that is tied"):
+        sft.run(tiny.sft_args(tmp_path, **start))
+    sft.run(tiny.sft_args(tmp_path, **start, **LORA))
+    with pytest.raises(RLHFError, match="tiny/sft/v1 cannot be merged: it is on an embedding that is tied"):
+        merging.merge(Registry(tmp_path / "runs"), "tiny/sft")
 
 
 def words_of(model, values):
@@ -674,6 +826,45 @@ def test_a_resumed_trainer_is_bit_equal(tmp_path, chains, stage):
     assert resumed.weights_sha256 == whole.weights_sha256
 
 
+def noisy(folder, seed=3):
+    """Adds noise to the weights in a folder, in place."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.05 * torch.randn(weight.shape)
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_resuming_over_a_folder_that_holds_other_weights_now_is_refused(tmp_path, checkpoints, stage):
+    """No checkpoint holds the base of adapters, nor PPO's reference; the folder's name says nothing of its weights."""
+    from transformers import Trainer
+
+    start = stages(tmp_path).get("tiny/sft").path if stage == "ppo" else checkpoints["gpt2"]
+    base = shutil.copytree(start, tmp_path / "base", ignore=lambda *_: ["stage.json"])
+    lora = {} if stage == "ppo" else LORA
+    make, module, name, owner, step = {
+        "sft": (tiny.sft_args, sft, "model_name_or_path", Trainer, "training_step"),
+        "reward": (tiny.reward_args, reward, "model_name_or_path", Trainer, "training_step"),
+        "ppo": (ppo_args, ppo, "sft_model_path", ppo.PPO, "collect"),
+    }[stage]
+    length = {"total_episodes": 40} if stage == "ppo" else {"max_steps": 6}
+    args = make(tmp_path, save_steps=2, **length, **lora, **{name: str(base)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, step, interrupt_after(getattr(owner, step), 3))
+        with pytest.raises(KeyboardInterrupt):
+            module.run(args)
+    kept = shutil.copytree(base, tmp_path / "kept")
+    noisy(base)
+    resume = dataclasses.replace(args, resume_from_checkpoint="latest")
+    with pytest.raises(RLHFError, match=rf"trained from something else: {name} \(\S+base \w+ -> \S+base \w+\)"):
+        module.run(resume)
+    shutil.rmtree(base)
+    kept.rename(base)
+    assert module.run(resume).version == 1
+
+
 def test_resuming_over_other_adapters_is_refused(tmp_path, chains, monkeypatch):
     """A newer sft version in between: the checkpoint's adapters would stand on weights that they were not trained on."""
     registry = published_chain(tmp_path, chains)
@@ -708,6 +899,7 @@ def test_resuming_over_other_adapters_is_refused(tmp_path, chains, monkeypatch):
         ({"lora_target_parameters": ["experts.down_proj"]}, "set lora_dropout: 0"),
         ({"lora_modules_to_save": ["norm_f"]}, "has no module 'norm_f'"),
         ({"lora_modules_to_save": ["wte"]}, "wte is tied to the other embedding"),
+        *(({"lora_modules_to_save": ["c_fc"]} | bits, "c_fc is quantised") for bits in QUANTISED.values()),
     ],
 )
 def test_modules_that_the_model_does_not_have_are_named(tmp_path, changes, told):
@@ -716,6 +908,21 @@ def test_modules_that_the_model_does_not_have_are_named(tmp_path, changes, told)
         sft.run(tiny.sft_args(tmp_path, **LORA | changes))
     assert told in str(caught.value) and "\n" not in str(caught.value)
     assert tiny.left_over(registry, "sft") == []
+
+
+def test_a_base_that_was_a_folder_is_checked(tmp_path, checkpoints, capsys):
+    base = shutil.copytree(checkpoints["gpt2"], tmp_path / "base")
+    artifact = sft.run(tiny.sft_args(tmp_path, model_name_or_path=str(base), **LORA))
+    verify = ["registry", "verify", artifact.ref, "--root", str(artifact.root)]
+    assert cli.main(verify) == 0
+    noisy(base)
+    assert cli.main(verify) == 2
+    assert f"is an adapter on other weights than {base} holds now" in "".join(capsys.readouterr())
+    shutil.rmtree(base)
+    assert cli.main(verify) == 2
+    assert f"is an adapter on {base}, which is not there" in "".join(capsys.readouterr())
+    with pytest.raises(RLHFError, match=f"is an adapter on {base}, which is not there; restore that folder"):
+        models.load_policy(artifact.path, models.load_tokenizer(artifact.path))
 
 
 @pytest.mark.parametrize("make", [tiny.sft_args, tiny.reward_args, ppo_args])

@@ -744,3 +744,17 @@ def test_a_plan_follows_an_adapter_on_the_hub_to_its_base(hub, monkeypatch, tmp_
     assert json.loads(capsys.readouterr().out) == found
     assert cli.main(["plan", "--model", "alice/nothing", *words]) == 2
     assert capsys.readouterr().err.startswith("error: no built-in shape or folder 'alice/nothing'")
+
+
+def test_a_version_that_was_pulled_is_pushed_back_as_what_it_is(hub, registry, tmp_path):
+    """Its manifest calls a parent by the name that it has here."""
+    sft = publish(registry)
+    rm = publish(registry, "demo/rm", parents=[sft])
+    push(rm, REPO)
+    other = Registry(tmp_path / "other")
+    publish(other, weights=b"ours")
+    pulled = pull(REPO, other)
+    assert pulled.manifest["parents"] != rm.manifest["parents"]
+    assert not push(pulled, REPO).changed
+    with pytest.raises(HubError, match="of another version 1 than demo/rm/v1"):
+        push(publish(Registry(tmp_path / "third"), "demo/rm", weights=b"new"), REPO)

@@ -462,6 +462,10 @@ def test_a_step_is_the_same_however_it_is_cut(tmp_path):
 def test_a_missing_sft_names_the_command(tmp_path):
     with pytest.raises(MissingStage, match=r"no sft in run 'tiny': .* train one: make sft RUN=tiny"):
         reward.run(tiny.reward_args(tmp_path))
+    with pytest.raises(
+        MissingStage, match=r"train one: make sft RUN=alice; a Hub model of that name: rlhf pull alice/sft$"
+    ):
+        reward.run(tiny.reward_args(tmp_path, model_name_or_path="alice/sft"))
     assert not (tmp_path / "runs").exists()
 
 

@@ -322,10 +322,13 @@ def effective_weight(layer: Any) -> Tensor:
     """The weight [out, in] of a linear layer as it acts: unpacked where it is quantised, with its adapter's share."""
     base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
     weight: Tensor = base.weight.detach()
-    if hasattr(base.weight, "quant_state") or hasattr(base, "state"):
-        from peft.utils.integrations import dequantize_module_weight
+    packed = getattr(base.weight, "quant_state", None)
+    if packed is not None:
+        import bitsandbytes as bnb
 
-        weight = dequantize_module_weight(base).detach()
+        weight = bnb.functional.dequantize_4bit(weight, packed)
+    elif getattr(getattr(base, "state", None), "CB", None) is not None:  # rows of 8 bits, each with its largest number
+        weight = base.state.CB * (base.state.SCB / 127)[:, None]
     weight = weight.float()
     if not hasattr(layer, "get_delta_weight"):
         return weight
@@ -443,7 +446,7 @@ def describe(model: Any) -> str:
     config = model.peft_config["default"]
     size, everything = model.get_nb_trainable_parameters()
     targets = sorted({name.rpartition(".")[2] for name in (config.target_modules or ())})
-    targets += config.target_parameters or []
+    targets += sorted(config.target_parameters or ())
     return (
         f"LoRA of rank {config.r} on {', '.join(targets)} of {model.started_from.name}: "
         f"{size:,} of {everything:,} weights are trained"
