@@ -387,6 +387,15 @@ def test_a_stage_error_is_one_line_with_status_2():
     )
 
 
+def test_a_process_that_loses_another_says_so_in_one_line():
+    gloo = "RuntimeError('[pair.cc:547] Connection closed by peer [127.0.0.1]:1')"
+    process = run_stage(gloo, WORLD_SIZE="2", RANK="0", ACCELERATE_USE_CPU="true")
+    assert process.returncode == 2 and process.stderr.startswith(
+        "error: [rank 0] reward: another process of this launch is gone;"
+    )
+    assert process.stderr.count("\n") == 1
+
+
 def test_other_errors_of_a_stage_keep_their_traceback():
     process = run_stage("ValueError('a bug')")
     assert process.returncode == 1 and "Traceback" in process.stderr

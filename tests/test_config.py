@@ -395,6 +395,8 @@ def test_run_names_that_are_no_folder_names_are_refused(name):
             {"ptx_coef": 0.0, "kl_target": 6.0, "kl_horizon": 100, "batch_size": 512},
             "kl_horizon: 100 episodes are",
         ),
+        (PPOArgs, {"ptx_coef": 0.0, "kl_target": 6.0, "kl_coef": 0.0}, "kl_coef: 0 stays 0 whatever kl_target is"),
+        (SFTArgs, {"max_steps": 0}, "max_steps: 0 would train nothing"),
         (PPOArgs, {"ptx_coef": 0.0, "missing_eos_score": -1.0}, "missing_eos_penalty and missing_eos_score exclude"),
         (PretrainArgs, {"hidden_size": 30, "num_attention_heads": 4}, "hidden_size: 30 is not a multiple of"),
         (PretrainArgs, {"block_size": 512}, "block_size: 512 is longer than max_position_embeddings (256)"),

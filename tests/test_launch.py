@@ -18,7 +18,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from rlhf import RLHFError, sft
 from rlhf.cli import run_stage
-from rlhf.engine import EngineError, check_deepspeed, prepare, prepare_trainer, refuse_optimizers_of_others
+from rlhf.engine import (
+    EngineError,
+    check_deepspeed,
+    check_precision,
+    prepare,
+    prepare_trainer,
+    refuse_optimizers_of_others,
+)
 from rlhf.launch import LaunchError, check_launch, ran_out_of_memory, ran_out_of_space
 from rlhf.muon import Muon
 from rlhf.planning.advice import memory_advice, setup_of
@@ -136,6 +143,17 @@ def test_zero_steps_no_optimiser_that_looks_at_whole_matrices():
             check()
     for whole in (torch.optim.AdamW, torch.optim.SGD, Muon):
         check_deepspeed(config, whole)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_deepspeed_file_does_not_decide_the_precision(bf16):
+    for fine in ({}, {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}, {"bf16": {"enabled": bf16}}):
+        check_precision(fine, bf16)
+    for other in ({"bf16": {"enabled": not bf16}}, {"bf16": {"enabled": "auto"}, "fp16": {"enabled": True}}):
+        with pytest.raises(
+            EngineError, match=f"bf16 is {bf16}, and the DeepSpeed file decides otherwise .*; write auto there"
+        ):
+            check_precision(other, bf16)
 
 
 def test_a_deepspeed_file_leaves_the_stage_s_own_to_the_stage():

@@ -127,6 +127,27 @@ def test_a_folder_with_another_architecture_is_counted(tmp_path):
     assert_counted(shape, loaded)
 
 
+@pytest.mark.parametrize(
+    ("values", "kv_heads"),
+    [
+        ({"multi_query": True, "new_decoder_architecture": False}, 1),
+        ({"multi_query": True, "new_decoder_architecture": True, "num_kv_heads": 2}, 4),
+        ({"multi_query": False, "new_decoder_architecture": False}, 4),
+    ],
+)
+def test_the_cache_of_a_falcon_is_its_own(tmp_path, values, kv_heads):
+    """Its config has other names for the heads of keys and values; what a cache really holds is counted."""
+    from transformers import AutoModelForCausalLM, FalconConfig
+
+    loaded = FalconConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **values)
+    loaded.save_pretrained(tmp_path)
+    shape = find(str(tmp_path))
+    cache = AutoModelForCausalLM.from_config(loaded)(torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values
+    held = sum(t.numel() for layer in cache.layers for t in (layer.keys, layer.values)) // 3
+    assert (shape.kv_heads, shape.kv_values) == (kv_heads, held)
+    assert_counted(shape, loaded)
+
+
 VARIANTS = [
     ("gpt2", {"tie_word_embeddings": False}),
     ("gpt2", {"add_cross_attention": True}),
@@ -891,7 +912,7 @@ def test_numbers_are_finite(option, value):
             "ppo: 1536 tokens do not fit in the context of 1024; lower --prompt",
         ),
         (["--model", "gpt2", "--max-length", "4", "--stage", "rm"], "rm: 4 tokens are less than the 8"),
-        (["--model", "opt-125m", "--mfu", "1.5"], "--mfu is a share from 0 to 1"),
+        (["--model", "opt-125m", "--mfu", "1.5"], "--mfu is a share above 0 and below 1"),
         (["--model", "opt-125m", "--gather-gb-s", "0"], "--gather-gb-s must be above 0 and is 0"),
         (["--model", "gpt2", "--gpus", "9"], "--gpus 9 are not the same number on each of 2 machines; give 8 or 10"),
         (["--model", "gpt2", "--gpus", "17"], "each of 3 machines; give 16 or 18"),

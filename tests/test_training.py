@@ -1,6 +1,7 @@
 """What the stages share: work folders, kills and resumption, wrong input, and the ways to start a run."""
 
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -471,12 +472,38 @@ def test_training_arguments_reach_the_trainer_and_are_checked(tmp_path):
     assert made.label_smoothing_factor == 0.1 and made.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
     assert (made.adam_beta1, made.adam_beta2, made.seed, made.save_strategy) == (0.9, 0.95, 42, "no")
     assert getattr(made, "activation_checkpointing", None) or made.gradient_checkpointing
+    for given, says in (
+        ({"output_dir": "elsewhere"}, "output_dir is not for here; give it as an option of the stage"),
+        ({"report_to": "wandb"}, "report_to is not for here"),
+        ({"max_steps": "x"}, "max_steps is 'x', and not of the kind of -1"),
+        ({"adam_beta1": "abc"}, "adam_beta1 is 'abc', and not of the kind of 0.9"),
+        ({"average_tokens_across_devices": 1}, "average_tokens_across_devices is 1, and not of the kind of True"),
+    ):
+        with pytest.raises(TrainingError, match=f"^training_arguments: {says}"):
+            training.trainer_arguments(dataclasses.replace(args, training_arguments=given), tmp_path)
+    whole = dataclasses.replace(args, training_arguments={"max_grad_norm": 1, "use_cpu": True, "eval_delay": 1})
+    assert training.trainer_arguments(whole, tmp_path).max_grad_norm == 1
     with pytest.raises(TrainingError, match="TrainingArguments has no 'warmup'"):
         training.trainer_arguments(dataclasses.replace(args, training_arguments={"warmup": 1}), tmp_path)
     with pytest.raises(TrainingError, match=r"^TrainingArguments: sometimes is not"):
         training.trainer_arguments(
             dataclasses.replace(args, training_arguments={"save_strategy": "sometimes"}), tmp_path
         )
+
+
+def test_a_disk_that_is_full_at_the_start_leaves_nothing(tmp_path, monkeypatch):
+    registry = tiny.published(tmp_path, "base")
+    write = Path.write_text
+
+    def full(self, *args, **kwargs):
+        if self.name == "config.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        sft.run(tiny.sft_args(tmp_path))
+    assert not (registry.root / "tiny" / "sft").exists()
 
 
 def test_tracker_files_stay_when_the_work_folder_goes(tmp_path):
@@ -512,6 +539,7 @@ def wrong_inputs():
         yield stage, None, ["--learning_rate", "quick"], "--learning_rate: expected float, got 'quick'"
         yield stage, None, ["--training_arguments", "{warmup: 1}"], "has no 'warmup'"
         yield stage, None, ["--lr_scheduler_type", "upwards"], "upwards"
+        yield stage, None, ["--report_to", "nonsense"], "report_to: nonsense is not installed, or no tracker"
         yield stage, None, ["--optim", "best"], "best"
         yield stage, "", [], data
         yield stage, "{\n", [], f"{data}:1: malformed JSON"

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from rlhf import RLHFError, __version__
 from rlhf.data_cli import add_data
 from rlhf.hub_cli import add_hub
-from rlhf.launch import LaunchError, check_launch, ran_out_of_memory, ran_out_of_space
+from rlhf.launch import LaunchError, check_launch, lost_a_process, ran_out_of_memory, ran_out_of_space
 from rlhf.reward_cli import add_reward, count
 
 ARTIFACTS = {"pretrain": "base", "sft": "sft", "reward": "rm", "ppo": "ppo"}
@@ -102,6 +102,10 @@ def run_stage(stage: str, argv: list[str] | None = None, *, last: bool = True) -
         if "DeepSpeed config values that mismatch" in str(error):
             told = "; ".join(line.strip(" -") for line in str(error).splitlines() if line.startswith("- ds"))
             _fail(f"{stage}: the DeepSpeed file and the stage's options differ ({told}); write auto there")
+        if lost_a_process(error):
+            _fail(
+                f"{stage}: another process of this launch is gone; what it said last, or the launcher's summary, says why"
+            )
         if not ran_out_of_memory(error):
             raise
         _fail(importlib.import_module("rlhf.planning.advice").memory_advice(stage, args))
@@ -110,7 +114,8 @@ def run_stage(stage: str, argv: list[str] | None = None, *, last: bool = True) -
 def _fail(text: str) -> NoReturn:
     """One line, with the process's number where there are several, and exit status 2."""
     rank = f"[rank {os.environ.get('RANK', '0')}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-    print(f"error: {rank}{text}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"error: {rank}{text}\n")  # in one write: other processes' lines are not to come between
+    sys.stderr.flush()
     sys.exit(2)
 
 

@@ -146,6 +146,8 @@ class TrainerArgs(StageArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.max_steps == 0:
+            raise ConfigError("max_steps: 0 would train nothing; give 1 or more, or -1 to go by epochs")
         for name in self.training_arguments:
             if name.endswith("_token"):  # a config goes into every manifest and card
                 raise ConfigError(
@@ -404,7 +406,7 @@ class PPOArgs(AdapterArgs, StageArgs):
     max_prompt_length: int = option(1024, "longest prompt, in tokens; longer ones are dropped and counted", ge=1)
     response_length: int = option(1024, "longest response, in tokens", ge=1)
     temperature: float = option(
-        1.0, "sampling temperature; divides the logits in rollout, reference and update alike", gt=0
+        1.0, "sampling temperature; divides the logits in rollout, reference and update alike", ge=1e-6, le=1e6
     )
 
     learning_rate: float = option(
@@ -462,6 +464,8 @@ class PPOArgs(AdapterArgs, StageArgs):
             raise ConfigError(
                 f"batch_size: {self.batch_size} is not a multiple of num_mini_batches ({self.num_mini_batches})"
             )
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ConfigError("kl_coef: 0 stays 0 whatever kl_target is: it is multiplied; give one above 0")
         if self.kl_target is not None and self.batch_size >= 5 * self.kl_horizon:
             raise ConfigError(
                 f"kl_horizon: {self.kl_horizon} episodes are too few for rollouts of {self.batch_size}; give more than a fifth"

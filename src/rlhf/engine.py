@@ -92,6 +92,7 @@ class ZeroEngine(Engine):
     ):
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         check_deepspeed(config, type(optimizer))
+        check_precision(config, bf16=accelerator.mixed_precision == "bf16")
         config["train_micro_batch_size_per_gpu"] = micro_batch
         config["gradient_accumulation_steps"] = 1  # the parts of a step are counted here: `backward`
         config["gradient_clipping"] = 0.0
@@ -285,6 +286,14 @@ def check_deepspeed(config: dict[str, Any], optimizer: type[torch.optim.Optimize
             f"optim: ZeRO steps flat pieces of the weights, and {optimizer.__name__} may need whole matrices; set it to "
             "adamw_torch, or launch with configs/accelerate/ddp.yaml"
         )
+
+
+def check_precision(config: dict[str, Any], bf16: bool) -> None:
+    """Refuses a DeepSpeed file that decides the precision otherwise than the stage. transformers' Trainer does so itself."""
+    decided = {name: config.get(name, {}).get("enabled", "auto") for name in ("bf16", "fp16")}
+    if decided["bf16"] not in ("auto", bf16) or decided["fp16"] not in ("auto", False):
+        told = ", ".join(f"{name} enabled: {value}" for name, value in decided.items())
+        raise EngineError(f"bf16 is {bf16}, and the DeepSpeed file decides otherwise ({told}); write auto there")
 
 
 def refuse_optimizers_of_others(optimizer: type[torch.optim.Optimizer]) -> None:

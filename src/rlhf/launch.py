@@ -94,6 +94,13 @@ def ran_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "bad_alloc" in text)
 
 
+def lost_a_process(error: BaseException) -> bool:
+    """Whether the connection to another process of the launch broke, as gloo says it."""
+    return isinstance(error, RuntimeError) and any(
+        text in str(error) for text in ("Connection reset by peer", "Connection closed by peer")
+    )
+
+
 def strategy_of_launch() -> str:
     """The name of the launch's strategy, as `rlhf plan` has it."""
     if not launched_with("DEEPSPEED"):

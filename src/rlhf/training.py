@@ -78,7 +78,9 @@ def is_main() -> bool:
 def say(*words: Any) -> None:
     """A line for people, from the first process only, on stderr where progress bars are too."""
     if is_main():
-        print(*words, file=sys.stderr, flush=True)
+        # In one write: under a launcher python is unbuffered, and another process's line would come before the line's end.
+        sys.stderr.write(" ".join(map(str, words)) + "\n")
+        sys.stderr.flush()
 
 
 def needs_gloo() -> bool:
@@ -166,6 +168,13 @@ def trainer_arguments(
             raise TrainingError(f"training_arguments: {cls.__name__} has no {name!r}")
         if name in ("deepspeed", "fsdp", "fsdp_config"):
             raise TrainingError(f"training_arguments: {name} is the launch's; choose a file of configs/accelerate")
+        if name in ("output_dir", "resume_from_checkpoint", "report_to"):
+            raise TrainingError(f"training_arguments: {name} is not for here; give it as an option of the stage")
+        default, value = known[name].default, args.training_arguments[name]
+        if isinstance(default, (int, float)) and (
+            not isinstance(value, (int, float)) or isinstance(default, bool) != isinstance(value, bool)
+        ):
+            raise TrainingError(f"training_arguments: {name} is {value!r}, and not of the kind of {default!r}")
     check_scheduler(args)
     settle_precision(args)
     if USERS_LOG_FOLDER is None:
@@ -231,8 +240,25 @@ def trackers(args: StageArgs) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------- data, models
 
 
+def check_trackers(args: StageArgs) -> None:
+    """Refuses a tracker that is not known, or not installed."""
+    if not trackers(args):
+        return  # what follows imports much
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+    from transformers.integrations import get_available_reporting_integrations
+
+    installed = {str(name) for name in get_available_reporting_integrations()} & set(LOGGER_TYPE_TO_CLASS)
+    missing = [name for name in trackers(args) if name not in installed and name != "all"]
+    if missing:
+        raise TrainingError(
+            f"report_to: {missing[0]} is not installed, or no tracker that all stages know ({', '.join(LOGGER_TYPE_TO_CLASS)}); "
+            f"pip install {missing[0]}, or leave it out"
+        )
+
+
 def open_registry(args: StageArgs) -> Registry:
-    """The registry that the stage works in. A push that could not be made at the end is refused here, before any work."""
+    """The registry that the stage works in. A push or tracker that could not be made is refused here, before any work."""
+    check_trackers(args)
     if args.push_to_hub:
         hub.check_ready(str(args.hub_model_id))
     return Registry(args.output_dir)
@@ -347,12 +373,12 @@ def work_folder(args: StageArgs, registry: Registry, stage: str) -> Iterator[tup
         synchronise()  # a next run in this process must not find a folder that is just going
         return
     with _locked(folder):
-        if resume is None:
-            _clear(folder)
-            (folder / "config.json").write_text(json.dumps(to_dict(args), indent=1))
-        else:
-            _unmark_later(resume)
         try:
+            if resume is None:
+                _clear(folder)
+                (folder / "config.json").write_text(json.dumps(to_dict(args), indent=1))
+            else:
+                _unmark_later(resume)
             yield folder, resume
         except BaseException:
             if not any(folder.glob(f"checkpoint-*/{COMPLETE}")):

@@ -273,6 +273,8 @@ def _counted(name: str, config: dict[str, Any]) -> Shape:
         return _size(name, key, found[key] or default)
 
     hidden, heads = size("hidden_size"), size("num_attention_heads")
+    # Falcon's config has names of its own; transformers' cache of its newer architecture holds all heads.
+    one_head = loaded.model_type == "falcon" and text.multi_query and not text.new_decoder_architecture
     gated = any(name.endswith("gate_proj.weight") for name, _ in model.named_parameters())
     return Shape(
         name=name,
@@ -284,7 +286,7 @@ def _counted(name: str, config: dict[str, Any]) -> Shape:
         heads=heads,
         ffn=size("intermediate_size", found["ffn_dim"] or 4 * hidden),
         embed=hidden,
-        kv_heads=size("num_key_value_heads", heads),
+        kv_heads=1 if one_head else size("num_key_value_heads", heads),
         head_dim=size("head_dim", hidden // heads),
         counted=_count(model),
         approximate=loaded.model_type not in ("llama", "mistral", "qwen2", "qwen3"),

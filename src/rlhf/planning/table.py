@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     job, assume = job_of(args), assumptions_of(args)
     plans: list[Plan] = []
     failures: list[str] = []
-    for stage in args.stage:
+    for stage in dict.fromkeys(args.stage):
         try:
             plans.append(smallest(stage, job, assume, args.strategy or STRATEGIES))
         except PlanError as error:
@@ -143,7 +143,8 @@ def assumptions_of(args: argparse.Namespace) -> Assumptions:
     for name in ("mfu", "generation_share", "reserve"):
         value = getattr(assume, name)
         if not 0 <= value < 1 or (name == "mfu" and value == 0):
-            raise PlanError(f"--{name.replace('_', '-')} is a share from 0 to 1 and is {value}")
+            least = "above 0" if name == "mfu" else "from 0"
+            raise PlanError(f"--{name.replace('_', '-')} is a share {least} and below 1 and is {value}")
     return assume
 
 
