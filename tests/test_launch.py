@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from rlhf import RLHFError, sft
+from rlhf import RLHFError, ppo, sft
 from rlhf.cli import run_stage
 from rlhf.engine import (
     EngineError,
@@ -146,7 +146,7 @@ def test_zero_steps_no_optimiser_that_looks_at_whole_matrices():
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_a_deepspeed_file_does_not_decide_the_precision(bf16):
+def test_a_deepspeed_file_does_not_decide_the_precision(tmp_path, monkeypatch, bf16):
     for fine in ({}, {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}, {"bf16": {"enabled": bf16}}):
         check_precision(fine, bf16)
     for other in ({"bf16": {"enabled": not bf16}}, {"bf16": {"enabled": "auto"}, "fp16": {"enabled": True}}):
@@ -154,6 +154,11 @@ def test_a_deepspeed_file_does_not_decide_the_precision(bf16):
             EngineError, match=f"bf16 is {bf16}, and the DeepSpeed file decides otherwise .*; write auto there"
         ):
             check_precision(other, bf16)
+        plugin = SimpleNamespace(deepspeed_config=other)
+        made = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+        monkeypatch.setattr(ppo, "Accelerator", lambda made=made, **_: made)
+        with pytest.raises(EngineError, match=f"bf16 is {bf16}, and the DeepSpeed file"):
+            ppo.make_accelerator(test_ppo.ppo_args(tmp_path, bf16=bf16), tmp_path)
 
 
 def test_a_deepspeed_file_leaves_the_stage_s_own_to_the_stage():

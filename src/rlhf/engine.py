@@ -92,7 +92,6 @@ class ZeroEngine(Engine):
     ):
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         check_deepspeed(config, type(optimizer))
-        check_precision(config, bf16=accelerator.mixed_precision == "bf16")
         config["train_micro_batch_size_per_gpu"] = micro_batch
         config["gradient_accumulation_steps"] = 1  # the parts of a step are counted here: `backward`
         config["gradient_clipping"] = 0.0

@@ -40,7 +40,7 @@ from rlhf.bases import check_optimizer, fingerprint_of_model, keep_embeddings_pr
 from rlhf.config import PPOArgs, to_dict
 from rlhf.data import fingerprint
 from rlhf.data.encode import blocks, encode_prompts
-from rlhf.engine import local, prepare, put, state_dict
+from rlhf.engine import check_precision, local, prepare, put, state_dict
 from rlhf.evaluation import mean_ci95
 from rlhf.models import context_length, load_tokenizer, quiet
 from rlhf.muon import Muon, hidden_matrices
@@ -143,6 +143,8 @@ def make_accelerator(args: PPOArgs, work: Path) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=str(work), logging_dir=str(log_folder(work))),
         kwargs_handlers=handlers,
     )
+    if accelerator.state.deepspeed_plugin is not None:
+        check_precision(accelerator.state.deepspeed_plugin.deepspeed_config, args.bf16)
     known = (
         *(DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU),
         *(DistributedType.DEEPSPEED, DistributedType.FSDP),
