@@ -25,7 +25,7 @@ from rlhf.config import PPOArgs
 from rlhf.data.encode import encode_completions, encode_prompts
 from rlhf.registry import Registry
 from rlhf.rollout import rows_of
-from rlhf.training import step_of
+from rlhf.training import resolve, step_of
 
 
 def count_the(prompts, completions, **columns):
@@ -103,7 +103,8 @@ def trainer_of(args, architecture="gpt2"):
     make_optimizer = ppo.optimizer_factory(args)
     accelerator = ppo.make_accelerator(args, registry.root)
     tokenizer = models.load_tokenizer(sft.path)
-    model, actors = load_models(args, accelerator, tokenizer, str(sft.path), sources, sources[0][0])
+    critic = sources[0][0] if args.critic_path is None else resolve(registry, args.critic_path, "tiny", "rm")[0]
+    model, actors = load_models(args, accelerator, tokenizer, str(sft.path), sources, critic)
     prompts, _, data = ppo.load_prompts(args, tokenizer, actors)
     pretraining = ppo.load_pretraining(args, tokenizer, actors.policy, data)
     return ppo.PPO(args, accelerator, model, make_optimizer(model), actors, prompts, pretraining)
@@ -1073,6 +1074,10 @@ def test_resuming_with_another_architecture_is_refused(tmp_path, monkeypatch, ca
     interrupted(monkeypatch, args)
     shutil.rmtree(folder)
     shutil.copytree(other.require("sft", "tiny").path, folder, ignore=shutil.ignore_patterns("stage.json"))
+    told = run_wrongly(capsys, args, resume_from_checkpoint="latest")
+    assert f"trained from something else: sft_model_path ({folder} " in told
+    (inputs,) = registry.work_dir("tiny", "ppo").glob("*/inputs.json")
+    inputs.unlink()  # as of a version of rlhf that did not write it
     told = run_wrongly(capsys, args, resume_from_checkpoint="latest")
     assert "its weights are of another model (policy.transformer.h.0" in told and "is not here" in told
 
