@@ -15,6 +15,7 @@ import pytest
 from hub_server import HubServer, Repo
 
 from rlhf import cli, hub_api
+from rlhf.bases import fingerprint_of_model
 from rlhf.hub import HubError, command, plan, pull, push
 from rlhf.registry import HashMismatch, Registry, RegistryError, TokenizerMismatch, TornArtifact
 
@@ -758,3 +759,16 @@ def test_a_version_that_was_pulled_is_pushed_back_as_what_it_is(hub, registry, t
     assert not push(pulled, REPO).changed
     with pytest.raises(HubError, match="of another version 1 than demo/rm/v1"):
         push(publish(Registry(tmp_path / "third"), "demo/rm", weights=b"new"), REPO)
+
+
+def test_the_fingerprint_of_a_model_on_the_hub_is_its_commit(hub, monkeypatch, tmp_path):
+    """A branch that moves makes it another model; nothing but the config is fetched for that."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    hub.repos["alice/base"] = repo = Repo(private=True)
+    repo.add({"config.json": b"{}", "model.safetensors": b"one"})
+    first = fingerprint_of_model("alice/base")
+    assert first == f"alice/base {repo.commits[0].sha[:12]}" == fingerprint_of_model("alice/base")
+    repo.add({"config.json": b"{}", "model.safetensors": b"two"})
+    assert fingerprint_of_model("alice/base") == f"alice/base {repo.commits[1].sha[:12]}"
+    assert fingerprint_of_model("alice/base", repo.commits[0].sha) == first
+    assert not hub.count("model.safetensors")

@@ -105,10 +105,8 @@ def fingerprint_of_model(path: str, revision: str | None = None) -> str:
     """What a folder or Hub id that is no version holds now, its adapter too, to tell it from another later."""
     start = start_of(path, revision)
     base = start.base.pinned()
-    at = (
-        base.revision if base.artifact is None and not Path(base.path).exists() else None
-    )  # a commit stands for its weights
-    told = f"{base.name} {(at or base.sha256)[:12]}"
+    on_hub = base.artifact is None and not Path(base.path).exists()  # where a commit stands for the weights
+    told = f"{base.name} {((on_hub and base.revision) or base.sha256)[:12]}"
     if start.adapter is None:
         return told
     files = {file.name: {"sha256": file_sha256(file)} for file in start.adapter.glob("adapter_model.*")}
