@@ -487,7 +487,7 @@ def test_merged_weights_are_the_adapters(tmp_path, chains, architecture, capsys)
 
 
 def test_adapters_on_a_16_bit_base_are_merged_in_float32(tmp_path, checkpoints):
-    """Rounded to bfloat16 most of what an adapter adds to a weight is lost."""
+    """Rounded to bfloat16 small shares of an adapter would be lost."""
     changes = {"model_name_or_path": str(checkpoints["opt"]), "dtype": "bfloat16", "hub_model_id": "alice/lora"}
     sft.run(tiny.sft_args(tmp_path, **changes, **LORA))
     registry = Registry(tmp_path / "runs")

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
 def merge(registry: Registry, ref: str) -> Artifact:
     """Publishes the merged weights of an adapter (a ppo version's critic and average too) as the next version of its stage.
 
-    They are float32: in 16 bits most of what an adapter adds would be rounded away. Raises RegistryError for a version that is no
+    They are float32: in 16 bits small shares of an adapter would be rounded away. Raises RegistryError for a version that is no
     adapter or lies in another registry, and for one whose merged weights would be another model.
     """
     artifact = registry.own(registry.get(ref))
