@@ -175,8 +175,8 @@ def prepare(folder: Path, episodes: int) -> None:
         tokenizer.save_pretrained(folder / name)
     shared = {"model_name_or_path": str(folder / "sft"), "eval_fraction": 0.0, "logging_steps": 1000}
     changes = {
-        "sft": {**shared, "max_steps": 20, "num_train_epochs": 1},
-        "reward": {**shared, "max_steps": 10, "demonstrations_name": None},
+        "sft": {**shared, "max_steps": 80, "num_train_epochs": 1},
+        "reward": {**shared, "max_steps": 40, "demonstrations_name": None},
         "ppo": {
             "sft_model_path": str(folder / "sft"),
             "reward_model_path": [str(folder / "rm")],
