@@ -258,7 +258,7 @@ def test_a_reward_model_starts_from_the_sft_adapter(chains, architecture):
 
 
 @pytest.mark.parametrize("lora", [LORA, {}], ids=["adapter", "whole"])
-def test_a_reward_model_starts_from_an_sft_adapter_that_brings_an_unembedding(tmp_path, opt_tokenizer, lora):
+def test_a_reward_model_starts_from_an_sft_adapter_that_brings_an_unembedding(tmp_path, opt_tokenizer, lora, caplog):
     """Trained whole beside the adapter; it goes, as the unembedding of whole weights does."""
     config = configuration("opt", len(opt_tokenizer))
     config.tie_word_embeddings = False
@@ -267,7 +267,9 @@ def test_a_reward_model_starts_from_an_sft_adapter_that_brings_an_unembedding(tm
     saved = {"lora_modules_to_save": ["lm_head"], "model_name_or_path": str(tmp_path / "base")}
     trained = sft.run(tiny.sft_args(tmp_path, **LORA | saved))
     assert any("lm_head" in name for name in load_file(trained.path / "adapter_model.safetensors"))
-    artifact = reward.run(tiny.reward_args(tmp_path, **lora))
+    caplog.clear()
+    artifact = reward.run(tiny.reward_args(tmp_path, **lora, **({"lora_modules_to_save": ["lm_head"]} if lora else {})))
+    assert "trained further as it was made" not in caplog.text
     assert bool(artifact.adapters) == bool(lora)
     assert not any("lm_head" in name for file in artifact.path.glob("*.safetensors") for name in load_file(file))
 
@@ -314,6 +316,8 @@ def test_a_run_from_an_average_knows_the_version_that_it_is_of(tmp_path, chains)
     start = load_file(first.path / "ema" / "adapter_model.safetensors")
     assert start.keys() == load_file(second.path / "adapter_model.safetensors").keys()
     assert registry.lineage(second).parents[0].artifact == first
+    copy = shutil.copytree(first.path, tmp_path / "copy")
+    assert resolve(registry, str(copy / "ema"), "tiny", "sft") == (str(copy / "ema"), None)  # which is in no registry
 
 
 def test_rlhf_eval_reads_an_adapter_that_early_stopping_chose(tmp_path, chains, capsys):
@@ -508,6 +512,22 @@ def test_adapters_on_a_16_bit_base_are_merged_in_float32(tmp_path, checkpoints):
     share = up @ down * config["lora_alpha"] / config["r"]
     assert_close(found[f"{name}.weight"], base[f"{name}.weight"].bfloat16().float() + share, rtol=0, atol=1e-7)
     assert not torch.equal(found[f"{name}.weight"], found[f"{name}.weight"].bfloat16().float())
+
+
+def test_a_folder_that_plain_peft_names_from_here_is_found_from_anywhere(tmp_path, checkpoints, monkeypatch):
+    shutil.copytree(checkpoints["gpt2"], tmp_path / "base")
+    first = sft.run(tiny.sft_args(tmp_path, model_name_or_path=str(tmp_path / "base"), **LORA))
+    plain = shutil.copytree(first.path, tmp_path / "plain", ignore=lambda *_: ["stage.json"])
+    config = json.loads((plain / "adapter_config.json").read_text()) | {"base_model_name_or_path": "base"}
+    (plain / "adapter_config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+    second = sft.run(tiny.sft_args(tmp_path, model_name_or_path="plain", **LORA))
+    assert second.adapters["."]["ref"] == str(tmp_path / "base")
+    monkeypatch.chdir(tmp_path.parent)
+    Registry(second.root).verify(second)
+    noisy(tmp_path / "base")
+    with pytest.raises(HashMismatch, match="on other weights than"):
+        Registry(second.root).verify(second)
 
 
 def test_an_adapter_on_a_tied_embedding_is_kept_apart(tmp_path, checkpoints, tokenizer):

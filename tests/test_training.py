@@ -481,7 +481,8 @@ def test_training_arguments_reach_the_trainer_and_are_checked(tmp_path):
     ):
         with pytest.raises(TrainingError, match=f"^training_arguments: {says}"):
             training.trainer_arguments(dataclasses.replace(args, training_arguments=given), tmp_path)
-    whole = dataclasses.replace(args, training_arguments={"max_grad_norm": 1, "use_cpu": True, "eval_delay": 1})
+    given = {"max_grad_norm": 1, "use_cpu": True, "eval_delay": 1}
+    whole = dataclasses.replace(args, training_arguments=given)
     assert training.trainer_arguments(whole, tmp_path).max_grad_norm == 1
     with pytest.raises(TrainingError, match="TrainingArguments has no 'warmup'"):
         training.trainer_arguments(dataclasses.replace(args, training_arguments={"warmup": 1}), tmp_path)
@@ -539,7 +540,13 @@ def wrong_inputs():
         yield stage, None, ["--learning_rate", "quick"], "--learning_rate: expected float, got 'quick'"
         yield stage, None, ["--training_arguments", "{warmup: 1}"], "has no 'warmup'"
         yield stage, None, ["--lr_scheduler_type", "upwards"], "upwards"
-        yield stage, None, ["--report_to", "nonsense"], "report_to: nonsense is not installed, or no tracker"
+        yield stage, None, ["--report_to", "nonsense"], "report_to: nonsense is no tracker that this stage knows: "
+        yield (
+            stage,
+            None,
+            ["--report_to", "mlflow"],
+            "report_to: mlflow is not installed; pip install mlflow, or leave it out",
+        )
         yield stage, None, ["--optim", "best"], "best"
         yield stage, "", [], data
         yield stage, "{\n", [], f"{data}:1: malformed JSON"

@@ -147,8 +147,11 @@ def _tell_unused(model: Any, args: Any, start: Start) -> None:
     unused = []
     for name, theirs in OF_NEW_ADAPTERS.items():
         wanted, has = getattr(args, name), getattr(config, theirs)
-        if name == "lora_modules_to_save":  # head and norm are there by themselves
-            differs = not set(wanted or ()) <= set(has or ())
+        if (
+            name == "lora_modules_to_save"
+        ):  # head and norm are there by themselves, and a scalar model has no unembedding
+            gone = HEADS - {"score"} if config.task_type == "SEQ_CLS" else set()
+            differs = not set(wanted or ()) - gone <= set(has or ())
         elif wanted == ["all-linear"]:
             differs = bool(set(linear_modules(model)) - {"base_layer", "default", "original_module"})
         else:

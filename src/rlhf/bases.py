@@ -89,6 +89,7 @@ def start_of(path: str | Path, revision: str | None = None) -> Start:
         name = config.get("base_model_name_or_path")
         if not isinstance(name, str) or not name:
             raise AdapterError(f"{folder / CONFIG} names no base model; set base_model_name_or_path")
+        name = str(Path(name).resolve()) if Path(name).is_dir() else name
         return Start(Base(name, config.get("revision"), _artifact(Path(name))), folder)
     base = _find_base(folder, recorded)
     if Path(base.path).is_absolute() and not Path(base.path).exists():

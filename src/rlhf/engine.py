@@ -289,7 +289,7 @@ def check_deepspeed(config: dict[str, Any], optimizer: type[torch.optim.Optimize
 
 def check_precision(config: dict[str, Any], bf16: bool) -> None:
     """Refuses a DeepSpeed file that decides the precision otherwise than the stage. transformers' Trainer does so itself."""
-    decided = {name: config.get(name, {}).get("enabled", "auto") for name in ("bf16", "fp16")}
+    decided = {name: config.get(name, {}).get("enabled", False) for name in ("bf16", "fp16")}
     if decided["bf16"] not in ("auto", bf16) or decided["fp16"] not in ("auto", False):
         told = ", ".join(f"{name} enabled: {value}" for name, value in decided.items())
         raise EngineError(f"bf16 is {bf16}, and the DeepSpeed file decides otherwise ({told}); write auto there")

@@ -42,6 +42,7 @@ from rlhf.data import fingerprint
 from rlhf.data.encode import blocks, encode_prompts
 from rlhf.engine import check_precision, local, prepare, put, state_dict
 from rlhf.evaluation import mean_ci95
+from rlhf.hub_api import one_line
 from rlhf.models import context_length, load_tokenizer, quiet
 from rlhf.muon import Muon, hidden_matrices
 from rlhf.progress import Progress
@@ -134,15 +135,18 @@ def run(args: PPOArgs) -> Artifact | None:
 def make_accelerator(args: PPOArgs, work: Path) -> Accelerator:
     handlers = [InitProcessGroupKwargs(backend="gloo")] if needs_gloo() else []
     settle_precision(args)
-    accelerator = Accelerator(
-        mixed_precision="bf16" if args.bf16 else "no",
-        # Not the launcher's: a step is the loop's own, and layers are compiled by torch_compile.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        dynamo_plugin=TorchDynamoPlugin(backend="no"),
-        log_with=trackers(args) or None,
-        project_config=ProjectConfiguration(project_dir=str(work), logging_dir=str(log_folder(work))),
-        kwargs_handlers=handlers,
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision="bf16" if args.bf16 else "no",
+            # Not the launcher's: a step is the loop's own, and layers are compiled by torch_compile.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dynamo_plugin=TorchDynamoPlugin(backend="no"),
+            log_with=trackers(args) or None,
+            project_config=ProjectConfiguration(project_dir=str(work), logging_dir=str(log_folder(work))),
+            kwargs_handlers=handlers,
+        )
+    except ValueError as error:  # a precision of the launch that is not for this machine, or not the stage's
+        raise TrainingError(f"the launch and the stage's options do not go together: {one_line(error)}") from error
     if accelerator.state.deepspeed_plugin is not None:
         check_precision(accelerator.state.deepspeed_plugin.deepspeed_config, args.bf16)
     known = (

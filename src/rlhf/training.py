@@ -38,6 +38,7 @@ from rlhf.registry import INPUTS, Artifact, MissingStage, Registry
 
 COMPLETE = "complete"  # marker file of a checkpoint, written last: one without it is torn and is never resumed from
 REFERENCE = r"[^/]+/(base|sft|rm|ppo)(/v\d+|@[^/]+)?"
+AVERAGE = r"/[^/]+/ppo/v\d+/ema$"  # of a version's weights
 # Choices that do not change what is trained, so that a resumed run may differ in them.
 FREE_CHOICES = {
     "resume_from_checkpoint",
@@ -171,8 +172,11 @@ def trainer_arguments(
         if name in ("output_dir", "resume_from_checkpoint", "report_to"):
             raise TrainingError(f"training_arguments: {name} is not for here; give it as an option of the stage")
         default, value = known[name].default, args.training_arguments[name]
-        if isinstance(default, (int, float)) and (
-            not isinstance(value, (int, float)) or isinstance(default, bool) != isinstance(value, bool)
+        nothing = value is None and "None" in str(known[name].type)
+        if (
+            isinstance(default, (int, float))
+            and not nothing
+            and (not isinstance(value, (int, float)) or isinstance(default, bool) != isinstance(value, bool))
         ):
             raise TrainingError(f"training_arguments: {name} is {value!r}, and not of the kind of {default!r}")
     check_scheduler(args)
@@ -244,16 +248,20 @@ def check_trackers(args: StageArgs) -> None:
     """Refuses a tracker that is not known, or not installed."""
     if not trackers(args):
         return  # what follows imports much
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-    from transformers.integrations import get_available_reporting_integrations
+    if isinstance(args, TrainerArgs):
+        from transformers.integrations import get_available_reporting_integrations
+        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-    installed = {str(name) for name in get_available_reporting_integrations()} & set(LOGGER_TYPE_TO_CLASS)
-    missing = [name for name in trackers(args) if name not in installed and name != "all"]
-    if missing:
-        raise TrainingError(
-            f"report_to: {missing[0]} is not installed, or no tracker that all stages know ({', '.join(LOGGER_TYPE_TO_CLASS)}); "
-            f"pip install {missing[0]}, or leave it out"
-        )
+        known, installed = set(INTEGRATION_TO_CALLBACK), set(get_available_reporting_integrations())
+    else:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+        known, installed = set(LOGGER_TYPE_TO_CLASS), {tracker.value for tracker in get_available_trackers()}
+    for name in trackers(args):
+        if name != "all" and name not in known:
+            raise TrainingError(f"report_to: {name} is no tracker that this stage knows: {', '.join(sorted(known))}")
+        if name != "all" and name not in installed:
+            raise TrainingError(f"report_to: {name} is not installed; pip install {name}, or leave it out")
 
 
 def open_registry(args: StageArgs) -> Registry:
@@ -273,8 +281,8 @@ def resolve(registry: Registry, path: str | None, run: str, stage: str) -> tuple
             is_version, exists = (Path(path) / "stage.json").is_file(), Path(path).exists()
         except OSError as error:
             raise TrainingError(f"cannot read {path[:300]}: {error.strerror}; give another path") from error
-        if exists and not is_version and (Path(path).parent / "stage.json").is_file() and Path(path).name == "ema":
-            return path, registry.get(Path(path).parent)  # the average of a version's weights
+        if exists and not is_version and re.search(AVERAGE, str(Path(path).resolve())):
+            return path, registry.get(Path(path).resolve().parent)
         if not is_version and (exists or not re.fullmatch(REFERENCE, path)):
             return path, None
         try:
