@@ -324,6 +324,8 @@ def test_errors_of_memory_are_told_from_others():
         torch.empty(1 << 60)
     assert ran_out_of_memory(caught.value)
     assert ran_out_of_memory(torch.OutOfMemoryError("CUDA out of memory")) and ran_out_of_memory(MemoryError())
+    assert ran_out_of_memory(ImportError("x.so: failed to map segment from shared object"))
+    assert not ran_out_of_memory(ImportError("No module named x"))
     assert not ran_out_of_memory(RuntimeError("shapes differ")) and not ran_out_of_memory(ValueError("bad_alloc"))
 
 
@@ -344,9 +346,11 @@ def test_the_advice_has_the_plans_numbers(tmp_path):
 
 
 LIMITED = """
-import resource, sys
+import contextlib, resource, sys
 import rlhf.sft
 from rlhf.cli import run_stage
+with contextlib.suppress(ImportError):
+    import deepspeed  # as Trainer does: the batch is what is not to fit, and not a library
 in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (in_use + (96 << 20),) * 2)
 run_stage("sft", sys.argv[1:])

@@ -91,6 +91,8 @@ def ran_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error)
+    if isinstance(error, ImportError):  # of a library that is loaded only now
+        return "failed to map segment" in text
     return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "bad_alloc" in text)
 
 
