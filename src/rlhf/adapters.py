@@ -104,9 +104,10 @@ def attach(
         if start.adapter is None:
             return model
         found = _continue(model, start, task, also, trainable=False)
-        if args is None and (not merge or why_apart(found)):
+        why = why_apart(found)
+        if args is None and (why or not merge):
             return found
-        if why := why_apart(found):
+        if why:
             raise AdapterError(
                 f"the adapter in {start.adapter} cannot be merged to be trained: {why}; set use_peft: true"
             )
@@ -147,9 +148,8 @@ def _tell_unused(model: Any, args: Any, start: Start) -> None:
     unused = []
     for name, theirs in OF_NEW_ADAPTERS.items():
         wanted, has = getattr(args, name), getattr(config, theirs)
-        if (
-            name == "lora_modules_to_save"
-        ):  # head and norm are there by themselves, and a scalar model has no unembedding
+        if name == "lora_modules_to_save":
+            # Head and norm are there by themselves, and a scalar model has no unembedding.
             gone = HEADS - {"score"} if config.task_type == "SEQ_CLS" else set()
             differs = not set(wanted or ()) - gone <= set(has or ())
         elif wanted == ["all-linear"]:

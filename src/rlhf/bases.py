@@ -20,7 +20,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from rlhf import RLHFError
 from rlhf.launch import launched_with
-from rlhf.manifest import MANIFEST, WEIGHT_FILES, file_sha256, weight_files, weights_sha256
+from rlhf.manifest import MANIFEST, WEIGHT_FILES, sha256_of_weights, shards_of, weight_files
 from rlhf.registry import Artifact, Registry, RegistryError, read_manifest
 
 CONFIG = "adapter_config.json"
@@ -47,7 +47,7 @@ class Base:
         """Of its weights, as versions record them."""
         if self.artifact is not None:
             return self.artifact.weights_sha256
-        return weights_sha256({file.name: {"sha256": file_sha256(file)} for file in _weight_files(self)})
+        return sha256_of_weights(_weight_files(self))
 
     def pinned(self) -> Base:
         """With the commit for a revision, where it is a Hub id: that stands for other weights later."""
@@ -110,8 +110,7 @@ def fingerprint_of_model(path: str, revision: str | None = None) -> str:
     told = f"{base.name} {((on_hub and base.revision) or base.sha256)[:12]}"
     if start.adapter is None:
         return told
-    files = {file.name: {"sha256": file_sha256(file)} for file in start.adapter.glob("adapter_model.*")}
-    return f"{start.adapter} {weights_sha256(files)[:12]} on {told}"
+    return f"{start.adapter} {sha256_of_weights(start.adapter.glob('adapter_model.*'))[:12]} on {told}"
 
 
 def _adapter_folder(path: str | Path, revision: str | None) -> Path | None:
@@ -174,15 +173,13 @@ def _weight_files(base: Base) -> list[Path]:
     with contextlib.suppress(OSError):
         return weight_files(Path(base.path))
     for name in WEIGHT_FILES:
-        try:
+        with contextlib.suppress(OSError, ValueError):
             found = cached_file(base.path, name, revision=base.revision, _raise_exceptions_for_missing_entries=False)
-        except (OSError, ValueError):
-            found = None
-        if found and name.endswith(".index.json"):
-            shards = sorted(set(json.loads(Path(found).read_text())["weight_map"].values()))
-            return [Path(str(cached_file(base.path, shard, revision=base.revision))) for shard in shards]
-        if found:
-            return [Path(found)]
+            if found and name.endswith(".index.json"):
+                shards = shards_of(Path(found))
+                return [Path(str(cached_file(base.path, shard, revision=base.revision))) for shard in shards]
+            if found:
+                return [Path(found)]
     raise AdapterError(
         f"cannot find the weights of {base.path}, which adapters stand on; restore them, or give another base"
     )

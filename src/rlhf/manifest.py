@@ -14,7 +14,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from enum import Enum
 from fnmatch import fnmatch
@@ -225,15 +225,25 @@ WEIGHT_FILES = (
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers loads a folder's weights from. Raises FileNotFoundError where there are none."""
+    """The files that transformers loads a folder's weights from. Raises OSError where there are none."""
     for name in WEIGHT_FILES:
         path = folder / name
-        if path.is_file() and name.endswith(".index.json"):
-            shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
-            return [folder / shard for shard in sorted(set(shards))]
         if path.is_file():
-            return [path]
+            return [folder / shard for shard in shards_of(path)] if name.endswith(".index.json") else [path]
     raise FileNotFoundError(errno.ENOENT, "no weights", str(folder))
+
+
+def shards_of(index: Path) -> list[str]:
+    """The files that an index of sharded weights lists. Raises OSError where it lists none."""
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise OSError(errno.EINVAL, "no index of weights", str(index)) from None
+
+
+def sha256_of_weights(files: Iterable[Path]) -> str:
+    """The hash of weight files together, as versions record it."""
+    return weights_sha256({path.name: {"sha256": file_sha256(path)} for path in files})
 
 
 def list_files(folder: Path) -> list[str]:

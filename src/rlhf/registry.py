@@ -48,6 +48,7 @@ from rlhf.manifest import (
     list_files,
     plain,
     provenance,
+    sha256_of_weights,
     tokenizer_sha256,
     weight_files,
     weights_sha256,
@@ -431,9 +432,8 @@ class Registry:
                     continue
                 except (OSError, ValueError, AttributeError, RecursionError) as error:
                     raise RegistryError(f"cannot read {path} ({error}); mend it or remove {path.parent}") from error
-                for (
-                    words
-                ) in told:  # a version and its hash are neighbours, the base of an adapter that is no version too
+                # A version and its hash are neighbours, also where it is the base of an adapter that is no version.
+                for words in told:
                     yield from pairwise(words)
 
     def _ref_here(self, entry: Mapping[str, Any]) -> str:
@@ -694,7 +694,7 @@ def _check_folder(artifact: Artifact, base: Mapping[str, Any]) -> None:
     if not folder.is_absolute():
         return  # a Hub id
     try:
-        found = weights_sha256({path.name: {"sha256": file_sha256(path)} for path in weight_files(folder)})
+        found = sha256_of_weights(weight_files(folder))
     except OSError as error:
         raise TornArtifact(
             f"{artifact.ref} is an adapter on {folder}, which is not there ({error.strerror or error}); restore that folder"

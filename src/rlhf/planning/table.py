@@ -95,23 +95,17 @@ def shape_of(model: str, root: str) -> Shape:
         try:
             return find(model)
         except PlanError:
-            base = model if os.path.exists(model) else _base_on_hub(model)
-            if base == model:
+            from rlhf.bases import start_of
+
+            if os.path.exists(model) or (base := start_of(model).base.path) == model:
                 raise
-        return find(base)
+            return find(base)
     from rlhf.bases import start_of
     from rlhf.training import resolve
 
     path, artifact = resolve(Registry(root), model, "", "")
     shape = find(start_of(path).base.path)
     return shape if artifact is None else dataclasses.replace(shape, name=artifact.ref)
-
-
-def _base_on_hub(model: str) -> str:
-    """What an adapter on the Hub stands on; the model itself where it is none, or is not there."""
-    from rlhf.bases import start_of
-
-    return start_of(model).base.path
 
 
 def check_numbers(args: argparse.Namespace) -> None:
