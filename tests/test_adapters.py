@@ -941,6 +941,11 @@ def test_a_base_that_was_a_folder_is_checked(tmp_path, checkpoints, capsys):
     shutil.rmtree(base)
     assert cli.main(verify) == 2
     assert f"is an adapter on {base}, which is not there" in "".join(capsys.readouterr())
+    base.mkdir()
+    (base / "model.safetensors.index.json").write_text("{")  # torn
+    assert cli.main(verify) == 2
+    assert f"is an adapter on {base}, which is not there (no index of weights)" in "".join(capsys.readouterr())
+    shutil.rmtree(base)
     with pytest.raises(RLHFError, match=f"is an adapter on {base}, which is not there; restore that folder"):
         models.load_policy(artifact.path, models.load_tokenizer(artifact.path))
 
