@@ -310,7 +310,14 @@ def test_options_for_a_new_adapter_that_are_not_used_are_told(tmp_path, chains, 
 def test_a_run_from_an_average_knows_the_version_that_it_is_of(tmp_path, chains):
     registry = published_chain(tmp_path, chains)
     first = ppo.run(ppo_args(tmp_path, ema_decay=0.5, **LORA))
-    args = ppo_args(tmp_path, sft_model_path=str(first.path / "ema"), **LORA)
+    args = ppo_args(tmp_path, sft_model_path=str(first.path / "ema"), total_episodes=40, save_steps=2, **LORA)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo.PPO, "collect", interrupt_after(ppo.PPO.collect, 3))
+        with pytest.raises(KeyboardInterrupt):
+            ppo.run(args)
+    args = dataclasses.replace(args, resume_from_checkpoint="latest")
+    with pytest.raises(RLHFError, match=r"sft_model_path \(tiny/ppo/v1 \w+ ema -> tiny/ppo/v1 \w+\)"):
+        ppo.run(dataclasses.replace(args, sft_model_path=str(first.path)))
     second = ppo.run(args)
     assert [parent["ref"] for parent in second.parents] == [first.ref, "tiny/rm/v1"]
     start = load_file(first.path / "ema" / "adapter_model.safetensors")

@@ -248,7 +248,7 @@ def _loading(facts: Facts) -> str:
             f"from peft import AutoPeftModel{task}",
             "from transformers import AutoTokenizer",
             f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-            f'model = AutoPeftModel{task}.from_pretrained("{name}"{labels}).eval()',
+            f'model = AutoPeftModel{task}.from_pretrained("{name}"{labels})',
         ]
         if reward:  # the config is the base's
             lines.append("model.config.pad_token_id = tokenizer.pad_token_id")
